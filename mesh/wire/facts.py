@@ -1,0 +1,134 @@
+"""What nodes know and tell of themselves, of models, and of layouts: the nouns of every message.
+
+All structs are frozen and forbid unknown shapes; bounds are part of the types, so that a hostile peer is refused by the
+decoder before anything is allocated on its word.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+NodeId = Annotated[str, Meta(min_length=26, max_length=26, pattern="^[a-z2-7]{26}$")]
+"""Lowercase base32 of the first 16 bytes of SHA-256 over a node's raw Ed25519 public key."""
+MeshId = NodeId
+"""The id of the founder's key."""
+Fingerprint = Annotated[str, Meta(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")]
+"""Hex SHA-256 over a model's content, shards in order."""
+Role = Literal["worker", "client"]
+Name = Annotated[str, Meta(min_length=1, max_length=64)]
+Text = Annotated[str, Meta(max_length=1024)]
+Address = Annotated[str, Meta(max_length=128)]
+"""``host:port``; IPv6 hosts in brackets."""
+Bytes64 = Annotated[int, Meta(ge=0, le=2**62)]
+Count = Annotated[int, Meta(ge=0, le=2**31)]
+
+
+class Epoch(Struct, frozen=True, order=True):
+    """The number of a layout. Ordered; two coordinators of a parted mesh never make equal epochs."""
+
+    number: Count
+    coordinator: NodeId | Literal[""]
+
+
+NO_EPOCH = Epoch(0, "")
+"""Before any layout was agreed."""
+
+
+class Device(Struct, frozen=True):
+    """One thing that can hold layers, as the engine names it (``CPU``, ``CUDA0``)."""
+
+    name: Name
+    kind: Literal["cpu", "cuda", "metal", "vulkan", "rocm", "sycl"]
+    description: Text
+    total_bytes: Bytes64
+    free_bytes: Bytes64
+    """What was free before the mesh's own engine took any."""
+    bytes_per_second: Annotated[float, Meta(ge=0)] = 0.0
+    """Weights the device can stream per second; 0 when not measured."""
+
+
+class ModelCost(Struct, frozen=True):
+    """What a model asks of memory, from its GGUF alone."""
+
+    fingerprint: Fingerprint
+    name: Name
+    architecture: Name
+    size_bytes: Bytes64
+    n_layers: Annotated[int, Meta(ge=1, le=1024)]
+    n_embd: Annotated[int, Meta(ge=1, le=2**20)]
+    n_vocab: Annotated[int, Meta(ge=1, le=2**24)]
+    n_ctx_train: Count
+    layer_bytes: Annotated[tuple[Bytes64, ...], Meta(max_length=1024)]
+    """Weights of each transformer layer."""
+    input_bytes: Bytes64
+    """Token embedding and whatever else stays where the tokens come in."""
+    output_bytes: Bytes64
+    """Output norm and head."""
+    kv_bytes_per_token: Annotated[tuple[Bytes64, ...], Meta(max_length=1024)]
+    """f16 K and V of one token, for each layer."""
+    demo_version: Count = 0
+    """Generator version when this is the demo model, which any node can make for itself; else 0."""
+
+
+class NodeFacts(Struct, frozen=True):
+    """What a node tells the others of itself. ``version`` grows with every change; the highest is the truth."""
+
+    id: NodeId
+    version: Bytes64
+    name: Name
+    role: Role
+    mesh_version: Annotated[str, Meta(max_length=32)]
+    engine: Annotated[str, Meta(max_length=64)]
+    """Source pin and patches: equal on every node of a ring. Empty when the node has no engine."""
+    backend: Annotated[str, Meta(max_length=16)]
+    devices: Annotated[tuple[Device, ...], Meta(max_length=32)]
+    budget_bytes: Bytes64
+    """Upper bound over all devices (``--max-memory``); 0 for no bound beyond the devices' own."""
+    threads: Annotated[int, Meta(ge=0, le=4096)]
+    models: Annotated[tuple[ModelCost, ...], Meta(max_length=16)]
+    """Models whose file is complete on this node's disk."""
+    wants: Fingerprint | Literal[""]
+    """The model this node was started for; empty: whatever the mesh serves."""
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=16)]
+    ctx_size: Annotated[int, Meta(ge=0, le=2**24)] = 0
+    """Wanted context per slot, tokens; 0: no wish."""
+    parallel: Annotated[int, Meta(ge=0, le=256)] = 0
+    split: Literal["auto", "always", "never"] = "auto"
+    draining: bool = False
+    """The node is about to leave: plan without it."""
+
+
+class RingMember(Struct, frozen=True):
+    """One node's share: the inclusive range of layers it carries, or none (the host may carry only the ends)."""
+
+    id: NodeId
+    name: Name
+    layers: tuple[int, int] | None
+    bytes: Bytes64
+    """Weights, KV cache and compute buffers."""
+    device: Name
+
+
+class Layout(Struct, frozen=True):
+    """Who carries what. ``ring`` is in data-flow order and begins with the host."""
+
+    mode: Literal["solo", "split"]
+    host: NodeId
+    model: ModelCost
+    ring: Annotated[tuple[RingMember, ...], Meta(min_length=1, max_length=64)]
+    ctx_size: Count
+    """Context of one slot, tokens."""
+    parallel: Annotated[int, Meta(ge=1, le=256)]
+    predicted_ms_per_token: float = 0.0
+
+    def shape(self) -> tuple[object, ...]:
+        """What must differ for a restart to be worth it; predictions do not count."""
+        members = tuple((m.id, m.layers, m.device) for m in self.ring)
+        return (self.mode, self.host, self.model.fingerprint, members, self.ctx_size, self.parallel)
+
+    @property
+    def workers(self) -> tuple[RingMember, ...]:
+        """The members the host reaches through tunnels, in ring order."""
+        return tuple(m for m in self.ring if m.id != self.host)

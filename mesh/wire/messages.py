@@ -1,0 +1,240 @@
+"""Every control message, as one tagged union.
+
+A control stream carries these and nothing else; bulk streams begin with one :class:`Open` and are raw bytes after.
+Sizes are bounded by type; whole frames by :data:`mesh.wire.codec.MAX_FRAME`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from mesh.wire.facts import Address, Epoch, Fingerprint, Layout, MeshId, Name, NodeFacts, NodeId, Role, Text
+
+PROTOCOL = 1
+"""Grows when an old node cannot understand a new one."""
+
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+Seq = Annotated[int, Meta(ge=0, le=2**62)]
+
+
+class Grant(Struct, frozen=True):
+    """``issuer`` says: the holder of ``subject`` may take part in ``mesh`` as ``role``. The founder grants itself."""
+
+    mesh: MeshId
+    subject: Key
+    role: Role
+    issuer: Key
+    issued_at: int
+    expires_at: int
+    """Seconds since 1970; 0: never."""
+    signature: Signature
+
+
+class Revocation(Struct, frozen=True):
+    """``issuer`` says: ``subject`` is out."""
+
+    mesh: MeshId
+    subject: Key
+    issuer: Key
+    issued_at: int
+    signature: Signature
+
+
+class _Message(Struct, frozen=True, tag_field="t"):
+    pass
+
+
+# -- the door: the only messages understood before admission ---------------------------------------------------------
+
+
+class Join(_Message, frozen=True, tag="join"):
+    """A token holder asks to be let in. Sent only after the inviter's key was seen to be the token's."""
+
+    protocol: int
+    secret: Annotated[bytes, Meta(min_length=16, max_length=32)]
+    name: Name
+
+
+class Joined(_Message, frozen=True, tag="joined"):
+    """The answer to :class:`Join`: the chain of grants that ends in the joiner's, and where members were last seen."""
+
+    mesh: MeshId
+    mesh_name: Name
+    founder: Key
+    grants: Annotated[tuple[Grant, ...], Meta(max_length=512)]
+    members: Annotated[tuple[MemberAddress, ...], Meta(max_length=256)]
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """First message of each side on a control stream: proof of membership and what the node is."""
+
+    protocol: int
+    mesh: MeshId
+    grants: Annotated[tuple[Grant, ...], Meta(max_length=512)]
+    revocations: Annotated[tuple[Revocation, ...], Meta(max_length=512)]
+    facts: NodeFacts
+
+
+class Refused(_Message, frozen=True, tag="refused"):
+    """The door stays shut; the connection closes after this."""
+
+    code: Annotated[str, Meta(max_length=32)]
+    message: Text
+
+
+# -- membership ------------------------------------------------------------------------------------------------------
+
+
+class MemberAddress(Struct, frozen=True):
+    id: NodeId
+    name: Name
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=16)]
+
+
+class Ping(_Message, frozen=True, tag="ping"):
+    seq: Seq
+
+
+class Pong(_Message, frozen=True, tag="pong"):
+    seq: Seq
+
+
+class PingReq(_Message, frozen=True, tag="pingreq"):
+    """Please ping ``target`` for me (SWIM, section 4.1)."""
+
+    target: NodeId
+    seq: Seq
+
+
+class PingAck(_Message, frozen=True, tag="pingack"):
+    """``target`` answered the ping asked for with ``seq``."""
+
+    target: NodeId
+    seq: Seq
+
+
+class Rumour(_Message, frozen=True, tag="rumour"):
+    """``sender`` holds ``node`` to be in ``state`` at ``incarnation``; a node refutes with a higher one of its own."""
+
+    node: NodeId
+    incarnation: Seq
+    state: Literal["alive", "suspect", "dead", "left"]
+
+
+class Facts(_Message, frozen=True, tag="facts"):
+    """A node's facts changed, or are passed on for a node the receiver may not know."""
+
+    facts: NodeFacts
+
+
+class Members(_Message, frozen=True, tag="members"):
+    """Where members were last seen, and grants the receiver may lack."""
+
+    members: Annotated[tuple[MemberAddress, ...], Meta(max_length=256)]
+    grants: Annotated[tuple[Grant, ...], Meta(max_length=512)]
+
+
+class Revoke(_Message, frozen=True, tag="revoke"):
+    revocation: Revocation
+
+
+class Leaving(_Message, frozen=True, tag="leaving"):
+    """The sender goes on purpose: no need to find out."""
+
+    reason: Text = ""
+
+
+# -- election and layout ---------------------------------------------------------------------------------------------
+
+
+class Propose(_Message, frozen=True, tag="propose"):
+    """This layout, by this number. ``layout`` None: nothing can run, ``reason`` says why."""
+
+    epoch: Epoch
+    layout: Layout | None
+    reason: Text
+    excluded: Annotated[dict[NodeId, Text], Meta(max_length=256)] = {}
+    """Members the plan leaves out, and why; for status."""
+
+
+class Accepted(_Message, frozen=True, tag="accepted"):
+    epoch: Epoch
+
+
+class Rejected(_Message, frozen=True, tag="rejected"):
+    """``newest`` is the epoch the sender already follows."""
+
+    epoch: Epoch
+    newest: Epoch
+
+
+class WorkerReady(_Message, frozen=True, tag="workerready"):
+    """The sender's rpc-server of ``epoch`` listens: the host may open its tunnels."""
+
+    epoch: Epoch
+
+
+class LoadProgress(_Message, frozen=True, tag="load"):
+    epoch: Epoch
+    node: NodeId
+    done_bytes: Seq
+    total_bytes: Seq
+
+
+class Serving(_Message, frozen=True, tag="serving"):
+    """A token has come through the ring of ``epoch``; ``api_key`` opens the host's engine for members."""
+
+    epoch: Epoch
+    api_key: Annotated[str, Meta(max_length=128)]
+
+
+class EngineDown(_Message, frozen=True, tag="enginedown"):
+    """The sender's engine of ``epoch`` ended, or never came up."""
+
+    epoch: Epoch
+    reason: Text
+
+
+Door = Join | Joined | Hello | Refused
+Control = (
+    Join | Joined | Hello | Refused
+    | Ping | Pong | PingReq | PingAck | Rumour | Facts | Members | Revoke | Leaving
+    | Propose | Accepted | Rejected | WorkerReady | LoadProgress | Serving | EngineDown
+)  # fmt: skip
+
+
+# -- bulk streams ----------------------------------------------------------------------------------------------------
+
+
+class OpenControl(_Message, frozen=True, tag="control"):
+    """This stream carries :data:`Control` frames. The dialer opens exactly one."""
+
+
+class OpenRpc(_Message, frozen=True, tag="rpc"):
+    """Raw bytes to the receiver's rpc-server. Only the host of ``epoch`` may ask, and only while it is current."""
+
+    epoch: Epoch
+
+
+class OpenHttp(_Message, frozen=True, tag="http"):
+    """Raw bytes to the llama-server of the receiving host, while ``epoch`` is current."""
+
+    epoch: Epoch
+
+
+class Opened(_Message, frozen=True, tag="opened"):
+    """The other end is connected; raw bytes follow."""
+
+
+class OpenFailed(_Message, frozen=True, tag="openfailed"):
+    code: Annotated[str, Meta(max_length=32)]
+    message: Text
+
+
+Open = OpenControl | OpenRpc | OpenHttp
+OpenReply = Opened | OpenFailed
+
+ModelName = Fingerprint | Name
