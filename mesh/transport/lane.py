@@ -1,0 +1,135 @@
+"""What a lane gives: connections to a peer whose key is known, and streams of bytes with flow control.
+
+The QUIC lane (:mod:`mesh.transport.endpoint`) is one; a TCP/TLS lane has the same face. Rooms further right know these
+protocols only, and tests put an in-memory pair in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+from mesh.wire.facts import NodeId
+
+Path = Literal["quic", "tcp", "relay"]
+"""How a connection reaches its peer; shown in status."""
+
+
+class Stream(Protocol):
+    """Bytes in order in both directions, each with a bounded amount in flight. Either side may end its half first."""
+
+    @property
+    def closed(self) -> bool:
+        """Both halves are over, or the stream was reset, or its connection is gone."""
+        ...
+
+    async def read(self, limit: int = 65536) -> bytes:
+        """Some bytes, at most ``limit``; ``b""`` once the peer has ended its half.
+
+        Raises:
+            TransportError: the stream was reset, or the connection is lost.
+        """
+        ...
+
+    async def read_exactly(self, n: int) -> bytes:
+        """``n`` bytes.
+
+        Raises:
+            EOFError: the peer's half ended first.
+            TransportError: the stream was reset, or the connection is lost.
+        """
+        ...
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Hand over ``data``; returns when all of it is on its way, waiting for the reader's credit if need be.
+
+        One task writes at a time. A cancelled write may have sent a part: abort the stream then.
+
+        Raises:
+            TransportError: the stream was reset, our half has ended, or the connection is lost.
+        """
+        ...
+
+    async def write_eof(self) -> None:
+        """End our half; the peer reads ``b""`` after what was written. Idempotent."""
+        ...
+
+    def abort(self, code: int = 0) -> None:
+        """Reset both halves now: pending reads and writes on either side raise. Harmless when already closed."""
+        ...
+
+
+class Connection(Protocol):
+    """One lane to one peer. The peer proved its key in the handshake before anybody sees this object."""
+
+    on_stream: Callable[[Stream], None]
+    """Called for each stream the peer opens. Set it before the first ``await`` after receiving the connection."""
+    on_close: Callable[[str], None]
+    """Called once, with the reason, when the connection is over for whatever cause (``close`` included)."""
+
+    @property
+    def peer(self) -> NodeId: ...
+    @property
+    def peer_key(self) -> bytes:
+        """Raw Ed25519 public key, 32 bytes."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Where the peer is now, ``host:port``."""
+        ...
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dialed(self) -> bool:
+        """True on the side that called ``dial``."""
+        ...
+
+    @property
+    def rtt_ms(self) -> float | None:
+        """Smoothed round trip, or None before the first measurement."""
+        ...
+
+    @property
+    def last_heard(self) -> float:
+        """``clock.now()`` of the last authenticated packet."""
+        ...
+
+    @property
+    def closed(self) -> bool: ...
+
+    async def open_stream(self) -> Stream:
+        """Raises:
+        TransportError: the connection is closed.
+        """
+        ...
+
+    def close(self, code: int = 0, reason: str = "") -> None:
+        """End the connection and all its streams. Idempotent, never blocks."""
+        ...
+
+
+class Lane(Protocol):
+    """A way to listen and dial."""
+
+    async def start(self, bind: Sequence[tuple[str, int]]) -> list[str]:
+        """Listen on each ``(host, port)``; port 0 asks for any. Returns the addresses really bound.
+
+        Raises:
+            TransportError: a port is taken or an address is not ours; nothing is left open then.
+        """
+        ...
+
+    async def dial(self, address: str, *, expect: NodeId | None, timeout: float = 5.0) -> Connection:
+        """Reach ``address`` and check that the key of ``expect`` answers, before anything else is sent.
+
+        Raises:
+            TransportError: no answer, or not a mesh node.
+            AdmissionError: another key than expected answered (code ``wrong-key``).
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close every connection, tell the peers, and free the sockets."""
+        ...
