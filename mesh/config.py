@@ -1,0 +1,172 @@
+"""What a person can set, from flags and an optional TOML file, checked once.
+
+Precedence: flag, then ``--config`` file (same names, underscores), then the default.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import platformdirs
+
+from mesh.errors import UsageError
+
+API_PORT = 9337
+BIND_PORT = 7842
+BACKENDS = ("auto", "cpu", "cuda", "metal", "vulkan", "rocm", "sycl")
+SPLITS = ("auto", "always", "never")
+WIRE_DTYPES = ("f32", "f16")
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|h|d)\s*$", re.IGNORECASE)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_size(text: str) -> int:
+    """``4GB``, ``1.5 GiB``, ``800m`` or plain bytes, in bytes. Decimal unless written with an ``i``.
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = _SIZE.match(text)
+    if match is None:
+        raise UsageError(f'"{text}" is not a size', remedy="write it like 12GB, 800MB or 4GiB")
+    number, unit, binary = match.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def parse_duration(text: str) -> float:
+    """``90s``, ``10m``, ``1h``, ``7d``, in seconds.
+
+    Raises:
+        UsageError: not a duration.
+    """
+    match = _DURATION.match(text)
+    if match is None:
+        raise UsageError(f'"{text}" is not a length of time', remedy="write it like 90s, 10m, 1h or 7d")
+    return float(match[1]) * _SECONDS[match[2].lower()]
+
+
+def format_size(size: float) -> str:
+    """Bytes for people: three digits, decimal units."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def default_state_dir() -> Path:
+    """Where a node keeps its key, grants and logs unless told otherwise."""
+    return Path(platformdirs.user_state_dir("mesh", appauthor=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything ``mesh up`` and ``mesh client`` can be told."""
+
+    role: str = "worker"
+    state_dir: Path = Path()
+    name: str = ""
+    model: str | None = None
+    demo: bool = False
+    join: tuple[str, ...] = ()
+    bind_host: tuple[str, ...] = ("0.0.0.0",)  # noqa: S104 - only QUIC with pinned keys listens there
+    bind_port: int = BIND_PORT
+    api_host: str = "127.0.0.1"
+    api_port: int = API_PORT
+    api_key_file: Path | None = None
+    advertise: tuple[str, ...] = ()
+    max_memory: int = 0
+    ctx_size: int = 0
+    parallel: int = 0
+    split: str = "auto"
+    backend: str = "auto"
+    gpu_layers: int | None = None
+    no_discovery: bool = False
+    relay_only: bool = False
+    wire_dtype: str = "f32"
+    plain: bool = False
+    json_logs: bool = False
+
+    def checked(self) -> Settings:
+        """The same settings with defaults filled in.
+
+        Raises:
+            UsageError: a value is out of range, or two contradict each other.
+        """
+        _one_of("--split", self.split, SPLITS)
+        _one_of("--backend", self.backend, BACKENDS)
+        _one_of("--wire-dtype", self.wire_dtype, WIRE_DTYPES)
+        for flag, port in (("--bind-port", self.bind_port), ("--api-port", self.api_port)):
+            if not 0 <= port <= 65535:
+                raise UsageError(f"{flag} {port} is not a port", remedy="use a number from 1 to 65535, or 0 for any")
+        if self.model and self.demo:
+            raise UsageError("--model and --demo each name a model", remedy="give one of them")
+        if self.ctx_size < 0 or self.parallel < 0 or self.parallel > 256:
+            raise UsageError("--ctx-size and --parallel must be positive (at most 256 parallel)")
+        if self.wire_dtype == "f16":
+            raise UsageError("--wire-dtype f16 needs an engine patch that is not built yet", remedy="leave it at f32")
+        if self.relay_only:
+            raise UsageError(
+                "--relay-only is not built yet", remedy="run a lite client there: mesh client --join TOKEN"
+            )
+        name = self.name or socket.gethostname().split(".")[0] or "node"
+        if len(name) > 64 or not name.isprintable():
+            raise UsageError(f"--name {name!r} must be at most 64 printable characters")
+        state_dir = self.state_dir if self.state_dir != Path() else default_state_dir()
+        return replace(self, name=name, state_dir=state_dir.expanduser().absolute())
+
+
+def load_settings(flags: Mapping[str, Any], config: Path | None) -> Settings:
+    """Settings from flags that were given and the file behind ``--config``.
+
+    Raises:
+        UsageError: the file is unreadable, or holds a name or type that does not exist.
+    """
+    values = _read_config(config) if config is not None else {}
+    values.update({name: value for name, value in flags.items() if value is not None and value != ()})
+    try:
+        return msgspec.convert(values, Settings, dec_hook=_path).checked()
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{config or 'settings'}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", remedy="check the path given to --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    known = {field.name for field in fields(Settings)} - {"role"}
+    values: dict[str, Any] = {}
+    for written, value in raw.items():
+        name = written.replace("-", "_")
+        if name not in known:
+            raise UsageError(f'{path}: there is no setting "{written}"', remedy=f"known: {', '.join(sorted(known))}")
+        if name in ("join", "bind_host", "advertise") and isinstance(value, str):
+            value = [value]
+        values[name] = parse_size(value) if name == "max_memory" and isinstance(value, str) else value
+    return values
+
+
+def _path(kind: type, value: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value).expanduser()
+    raise NotImplementedError(kind)
+
+
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f'{flag} knows no "{value}"', remedy=f"one of: {', '.join(known)}")

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.config import format_size, load_settings, parse_duration, parse_size
+from mesh.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("1024", 1024), ("4GB", 4_000_000_000), ("1.5 GiB", 1_610_612_736), ("800m", 800_000_000), ("2k", 2000)],
+)
+def test_a_size_is_read_as_people_write_it(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 gigs", "1e9", "NaN"])
+def test_what_is_not_a_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h", 3600), ("7d", 604800), ("0.5h", 1800)])
+def test_a_duration_is_read_as_people_write_it(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+# A size printed for people reads back within the three digits it shows.
+@given(st.integers(min_value=0, max_value=10**14))
+def test_printed_sizes_read_back(size: int) -> None:
+    assert abs(parse_size(format_size(size)) - size) <= size * 0.0051
+
+
+def test_a_flag_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text('name = "attic"\nmax-memory = "4GB"\napi_port = 1\nbind-host = "127.0.0.1"\n')
+    settings = load_settings({"api_port": 2, "name": None}, file)
+    assert (settings.name, settings.max_memory, settings.api_port) == ("attic", 4_000_000_000, 2)
+    assert settings.bind_host == ("127.0.0.1",)
+    assert settings.bind_port == 7842
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nmae = 'x'", 'no setting "nmae"'),
+        ("api_port = 'x'", "int"),
+        ("name = [", "not TOML"),
+        ("split = 'maybe'", "--split"),
+        ("api_port = 70000", "not a port"),
+        ("model = 'x'\ndemo = true", "--demo"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_settings({}, file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.toml"):
+        load_settings({}, tmp_path / "none.toml")
