@@ -1,0 +1,101 @@
+"""A node's state directory: who holds it, and how commands find the node in it.
+
+node.key  grants, members    identity and membership, see :mod:`mesh.identity`
+lock                         held while a node runs; freed by the system when it dies
+node.json                    how commands reach the running node
+logs/                        the engine's output, rotated
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import psutil
+from filelock import FileLock, Timeout
+
+from mesh.errors import StateError
+
+RUNNING_FILE = "node.json"
+
+
+class StateDir:
+    """Holds the directory for one node at a time.
+
+    Raises:
+        StateError: another node holds it, or it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / "lock")
+
+    def __enter__(self) -> StateDir:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if sys.platform != "win32":
+                self.path.chmod(0o700)
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise StateError(
+                f"{self.path} is in use by a running node",
+                remedy="stop it with: mesh down   or give this one its own: --state-dir DIR --bind-port N --api-port N",
+            ) from error
+        except OSError as error:
+            raise StateError(
+                f"cannot use the state directory {self.path}: {error.strerror}",
+                remedy="choose another: --state-dir DIR",
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        remove_running(self.path)
+        self._lock.release()
+
+
+class Running(msgspec.Struct, frozen=True):
+    """What a running node leaves in its state directory (mode 0600) for commands on the same machine."""
+
+    pid: int
+    started: float
+    """The process's creation time: a pid alone may belong to another program by now."""
+    api_url: str
+    token: str
+    """Opens the control endpoints."""
+
+
+def write_running(state_dir: Path, running: Running) -> None:
+    """Publish the node; readable by its owner only from the first byte on."""
+    path = state_dir / RUNNING_FILE
+    scratch = path.with_suffix(f".{os.getpid()}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(running))
+    scratch.replace(path)
+
+
+def remove_running(state_dir: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (state_dir / RUNNING_FILE).unlink()
+
+
+def find_running(state_dir: Path) -> Running:
+    """The node of this state directory.
+
+    Raises:
+        StateError: none is running there.
+    """
+    try:
+        running = msgspec.json.decode((state_dir / RUNNING_FILE).read_bytes(), type=Running)
+        alive = abs(psutil.Process(running.pid).create_time() - running.started) < 1.0
+    except (OSError, msgspec.DecodeError, psutil.Error):
+        alive = False
+    if not alive:
+        raise StateError(
+            f"no node is running in {state_dir}",
+            remedy="start one with: mesh up   (or name its directory: --state-dir DIR)",
+        )
+    return running
