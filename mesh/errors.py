@@ -13,13 +13,16 @@ class MeshError(Exception):
     Args:
         message: what happened and why it matters, with names and numbers.
         remedy: the next thing to do, usually a command.
+        code: stable name of this very case, where the class alone does not say it (``expired``, ``wrong-key``).
     """
 
     code = "failed"
     exit_code = 1
 
-    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+    def __init__(self, message: str, *, remedy: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
+        if code is not None:
+            self.code = code
         self.message = message
         self.remedy = remedy
 
