@@ -1,0 +1,198 @@
+"""Builds the engine, once per user and content: fetch, unpack, patch, configure, compile, and only then rename.
+
+One build runs at a time in a cache; whoever comes second waits, and finds the first one's result. Everything happens in
+a directory named ``building-...`` beside the entries, so whatever bears that name while nobody builds is debris.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import filelock
+import psutil
+
+from mesh.engine.cache import (
+    BINARIES,
+    RECORD,
+    VOCABULARIES,
+    Engine,
+    cache_root,
+    describe,
+    entry_dir,
+    executable,
+    find_engine,
+)
+from mesh.engine.patching import apply_patch
+from mesh.engine.pin import patch_queue
+from mesh.engine.source import BuildProgress, fetch_source, unpack_source
+from mesh.engine.toolchain import Toolchain, build_flags, find_toolchain
+from mesh.errors import EngineError
+
+_UNFINISHED = "building-"
+_NINJA_STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
+_BYTES_PER_JOB = 1 << 30
+"""What one compiler of the larger sources needs at its worst."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Workshop:
+    """The places of one build."""
+
+    tree: Path
+    objects: Path
+    result: Path
+    log: Path
+
+
+def build_engine(progress: BuildProgress, backend: str = "cpu") -> Engine:
+    """The engine for ``backend``: at once when it is built already, in minutes otherwise.
+
+    Blocks; call it from a thread of its own in an event loop. Safe to interrupt and to kill.
+
+    Raises:
+        EngineError: a tool is missing, the source cannot be had, or it does not compile.
+    """
+    if engine := find_engine(backend):
+        return engine
+    toolchain = find_toolchain(backend)
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _sole_builder(root, progress):
+            if engine := find_engine(backend):
+                return engine
+            _sweep(root)
+            _build(root, toolchain, backend, progress)
+    except OSError as error:
+        raise EngineError(
+            f"the engine cannot be built in {root}: {error}",
+            remedy="free some disk space (2 GB), or point MESH_CACHE_DIR elsewhere",
+        ) from error
+    engine = find_engine(backend)
+    if engine is None:
+        raise EngineError(f"the engine was built in {entry_dir(backend)}, but is not whole", remedy="mesh engine build")
+    progress.phase("the engine is built")
+    return engine
+
+
+@contextmanager
+def _sole_builder(root: Path, progress: BuildProgress) -> Iterator[None]:
+    lock = filelock.FileLock(root / "build.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        progress.phase("another build of the engine is under way: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sweep(root: Path) -> None:
+    """Remove what interrupted builds left. Only under the lock: then nobody works in any of it."""
+    for debris in root.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(debris, ignore_errors=True)
+
+
+def _build(root: Path, toolchain: Toolchain, backend: str, progress: BuildProgress) -> None:
+    started = time.monotonic()
+    archive = fetch_source(progress)
+    entry = entry_dir(backend)
+    (root / "logs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=root, ignore_cleanup_errors=True) as scratch:
+        shop = _Workshop(
+            Path(scratch, "src"), Path(scratch, "obj"), Path(scratch, "engine"), root / "logs" / f"{entry.name}.log"
+        )
+        progress.phase("unpacking the source")
+        unpack_source(archive, shop.tree)
+        for patch in patch_queue():
+            progress.phase(f"patching: {patch.name}")
+            apply_patch(shop.tree, patch)
+        with shop.log.open("w", encoding="utf-8") as log:
+            _compile(shop, toolchain, backend, progress, log)
+        progress.phase("keeping the result")
+        _collect(shop)
+        record = describe(shop.result, backend, built_at=int(time.time()), seconds=time.monotonic() - started)
+        (shop.result / RECORD).write_text(record, "utf-8")
+        if entry.exists():  # not whole, or find_engine had returned it
+            shutil.rmtree(entry)
+        shop.result.rename(entry)
+
+
+def _compile(shop: _Workshop, toolchain: Toolchain, backend: str, progress: BuildProgress, log: IO[str]) -> None:
+    progress.phase("configuring")
+    configure = [str(toolchain.cmake), "-S", str(shop.tree), "-B", str(shop.objects), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={toolchain.ninja}", *build_flags(backend)]
+    _run("configuring", configure, shop, log, lambda _: None)
+
+    def report(line: str) -> None:
+        if step := _NINJA_STEP.match(line):
+            progress.advance(int(step[1]), int(step[2]), "targets")
+
+    progress.phase("compiling")
+    compile_ = [str(toolchain.cmake), "--build", str(shop.objects), "--parallel", str(_jobs()), "--target", *BINARIES]
+    _run("compiling", compile_, shop, log, report)
+
+
+def _jobs() -> int:
+    memory: int = psutil.virtual_memory().total
+    return max(1, min(os.cpu_count() or 1, memory // _BYTES_PER_JOB))
+
+
+def _run(what: str, command: list[str], shop: _Workshop, log: IO[str], on_line: Callable[[str], None]) -> None:
+    """Run one step with everything it says in the log.
+
+    Raises:
+        EngineError: it failed; the message ends with the last lines of the log.
+    """
+    # A version-control checkout around the cache, or a status format of the user's own, must not show through.
+    environment = dict(os.environ, NINJA_STATUS="[%f/%t] ", GIT_CEILING_DIRECTORIES=str(shop.tree.parent))
+    log.write(f"$ {' '.join(command)}\n")
+    log.flush()
+    with subprocess.Popen(
+        command,
+        cwd=shop.tree.parent,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                log.write(line)
+                on_line(line)
+        except BaseException:
+            process.terminate()  # Ninja stops its compilers; the exit from the block waits for it.
+            raise
+    if process.returncode != 0:
+        log.flush()
+        last = "\n  ".join(shop.log.read_text("utf-8", "replace").splitlines()[-15:])
+        raise EngineError(
+            f"{what} the engine failed (exit {process.returncode}); the last lines of {shop.log}:\n  {last}",
+            remedy="the whole log says more; if it is not about this machine, please report it",
+        )
+
+
+def _collect(shop: _Workshop) -> None:
+    shop.result.mkdir()
+    for name in BINARIES:
+        shutil.copy2(executable(shop.objects / "bin", name), executable(shop.result, name))
+    (shop.result / "vocab").mkdir()
+    for name in VOCABULARIES:
+        shutil.copyfile(
+            shop.tree / "models" / f"ggml-vocab-{name}.gguf", shop.result / "vocab" / f"ggml-vocab-{name}.gguf"
+        )

@@ -1,0 +1,162 @@
+"""A layout as the engine's command lines. Pure: paths, numbers and a layout in, arguments and variables out.
+
+The ring starts and ends on the host. A CPU host keeps its layers in its own process, without a server between; a GPU of
+the host is the first of the devices. The output layer counts as one more layer of the last device for the engine's
+arithmetic, and is then called home by name, so that 1 KB of activations comes back per token and not the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from mesh.engine.cache import Engine
+from mesh.errors import EngineError
+from mesh.wire.facts import Layout, RingMember
+
+LOOPBACK = "127.0.0.1"
+_MAX_DEVICES = 15
+"""The engine reads a split of fewer than 16 numbers."""
+# Anchored: a bare "output" is in every "attn_output", and sends each layer home and back.
+_OUTPUT = "^output.*"
+_INPUT = "^token_embd.*"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start: arguments, and the variables that are not for everybody's eyes in a process list."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+def llama_server_command(
+    engine: Engine,
+    layout: Layout,
+    model_path: Path,
+    port: int,
+    endpoints: Sequence[str] = (),
+    *,
+    threads: int,
+    rpc_secret: bytes = b"",
+    api_key: str = "",
+    gpu_layers: int | None = None,
+    embeddings: bool = True,
+) -> Launch:
+    """The host's server.
+
+    Args:
+        model_path: the GGUF, or the first of its shards.
+        endpoints: ``127.0.0.1:port`` of each worker's tunnel, in ring order.
+        threads: of the CPU backend.
+        rpc_secret: what every worker's server of this epoch expects, 16 to 64 bytes.
+        gpu_layers: in solo mode on a GPU, how many layers (the last ones) it takes; None for all.
+        embeddings: answer ``/v1/embeddings`` too, by the mean over all tokens; costs ``512 * n_vocab * 4`` bytes.
+
+    Raises:
+        EngineError: the layout does not carry every layer exactly once, or names more devices than the engine takes.
+    """
+    check_layers(layout)
+    if len(endpoints) != len(layout.workers):
+        raise EngineError(f"{len(endpoints)} endpoints for {len(layout.workers)} workers")
+    context = layout.ctx_size or layout.model.n_ctx_train
+    argv = [str(engine.llama_server), "--model", str(model_path), "--alias", layout.model.name]
+    argv += ["--host", LOOPBACK, "--port", str(port), "--no-ui", "--no-slots", "--offline"]
+    argv += ["-t", str(threads), "-c", str(context * layout.parallel), "-np", str(layout.parallel), "-fit", "off"]
+    if embeddings:
+        argv += ["--embeddings", "--pooling", "mean"]
+    env: dict[str, str] = {}
+    if layout.workers:
+        argv += split_arguments(layout, endpoints)
+        # Prompts saved to host memory, and checkpoints, would drag the KV cache through the network.
+        argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
+        env["MESH_GGUF_ID"] = layout.model.fingerprint
+        env["MESH_RPC_SECRET"] = rpc_secret.hex()
+    else:
+        argv += solo_arguments(layout.ring[0], gpu_layers)
+    if api_key:
+        env["LLAMA_API_KEY"] = api_key
+    return Launch(tuple(argv), env)
+
+
+def solo_arguments(host: RingMember, gpu_layers: int | None = None) -> list[str]:
+    """Everything on one device of the host."""
+    if host.device == "CPU":
+        return ["-dev", "none", "-ngl", "0"]
+    return ["-dev", host.device, "-ngl", "all" if gpu_layers is None else str(gpu_layers)]
+
+
+def split_arguments(layout: Layout, endpoints: Sequence[str]) -> list[str]:
+    """Which device carries which layers.
+
+    The engine offloads the last ``-ngl`` layers, the output layer being the very last, and deals them to ``-dev`` in
+    order, as many to each as ``-ts`` says; what is not offloaded stays with the host's CPU, at the front.
+    """
+    host = layout.ring[0]
+    on_gpu = host.device != "CPU" and host.layers is not None
+    devices = [(host.device, _count(host))] if on_gpu else []
+    devices += [(f"RPC{n}", _count(worker)) for n, worker in enumerate(layout.workers)]
+    if len(devices) > _MAX_DEVICES:
+        raise EngineError(f"the layout has {len(devices)} devices, and the engine takes {_MAX_DEVICES}")
+    counts = [count for _, count in devices]
+    counts[-1] += 1
+    home = host.device if on_gpu else "CPU"
+    return [
+        *("--rpc", ",".join(endpoints)),
+        *("-dev", ",".join(name for name, _ in devices)),
+        *("-ngl", str(sum(counts))),
+        *("-ts", ",".join(map(str, counts))),
+        *("-ot", f"{_OUTPUT}={home},{_INPUT}=CPU"),
+    ]
+
+
+def _count(member: RingMember) -> int:
+    return 0 if member.layers is None else member.layers[1] - member.layers[0] + 1
+
+
+def check_layers(layout: Layout) -> None:
+    """Insist that the ring carries every layer exactly once, in order, host first, and no worker nothing.
+
+    Raises:
+        EngineError: it does not.
+    """
+    if layout.ring[0].id != layout.host or any(m.id == layout.host for m in layout.ring[1:]):
+        raise EngineError("the layout's ring does not begin with its host")
+    if any(worker.layers is None for worker in layout.workers):
+        raise EngineError("the layout has a worker without layers")
+    ranges = [m.layers for m in layout.ring if m.layers is not None]
+    ends = [(-1, -1), *ranges, (layout.model.n_layers, layout.model.n_layers)]
+    if any(after[0] != before[1] + 1 for before, after in pairwise(ends)) or any(a > b for a, b in ranges):
+        raise EngineError(f"the layout does not carry each of {layout.model.n_layers} layers exactly once: {ranges}")
+
+
+def rpc_server_command(
+    engine: Engine,
+    port: int,
+    *,
+    threads: int,
+    model_files: Sequence[Path],
+    fingerprint: str,
+    rpc_secret: bytes,
+    device: str = "CPU",
+) -> Launch:
+    """A worker's server.
+
+    Args:
+        model_files: the GGUF's files, shards in order: what it may read, and nothing else.
+        fingerprint: the model's, hex SHA-256 over the files' contents.
+        rpc_secret: 16 to 64 bytes that a client must send first.
+    """
+    argv = [str(engine.rpc_server), "-H", LOOPBACK, "-p", str(port), "-t", str(threads), "-d", device]
+    for file in model_files:
+        argv += ["--gguf", str(file)]
+    argv += ["--gguf-id", fingerprint]
+    return Launch(tuple(argv), {"MESH_RPC_SECRET": rpc_secret.hex()})
+
+
+def engine_environment(inherited: Mapping[str, str], launch: Launch) -> dict[str, str]:
+    """A process's whole environment: the user's, less what would configure the engine behind our back."""
+    ours = ("LLAMA_", "GGML_", "MESH_GGUF", "MESH_RPC")
+    return {name: value for name, value in inherited.items() if not name.startswith(ours)} | dict(launch.env)
