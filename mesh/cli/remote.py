@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from mesh.errors import MeshError, StateError
-from mesh.statedir import Running
+from mesh.node.statedir import Running
 
 
 class RemoteError(MeshError):

@@ -16,7 +16,7 @@ from mesh.cli.output import print_json, print_table
 from mesh.cli.remote import call, get_status
 from mesh.config import format_size
 from mesh.errors import EngineError, MeshError, StateError
-from mesh.statedir import Running, find_running
+from mesh.node.statedir import Running, find_running
 
 
 def invite(state_dir: Path, uses: int, expires_s: float, role: str, as_json: bool) -> None:

@@ -9,7 +9,6 @@ logs/                        the engine's output, rotated
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from mesh.errors import StateError
+from mesh.identity.store import load, save
 
 RUNNING_FILE = "node.json"
 
@@ -68,13 +68,8 @@ class Running(msgspec.Struct, frozen=True):
 
 
 def write_running(state_dir: Path, running: Running) -> None:
-    """Publish the node; readable by its owner only from the first byte on."""
-    path = state_dir / RUNNING_FILE
-    scratch = path.with_suffix(f".{os.getpid()}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(running))
-    scratch.replace(path)
+    """Publish the node; readable by its owner only."""
+    save(state_dir / RUNNING_FILE, running)
 
 
 def remove_running(state_dir: Path) -> None:
@@ -89,11 +84,11 @@ def find_running(state_dir: Path) -> Running:
         StateError: none is running there.
     """
     try:
-        running = msgspec.json.decode((state_dir / RUNNING_FILE).read_bytes(), type=Running)
-        alive = abs(psutil.Process(running.pid).create_time() - running.started) < 1.0
-    except (OSError, msgspec.DecodeError, psutil.Error):
+        running = load(state_dir / RUNNING_FILE, Running)
+        alive = running is not None and abs(psutil.Process(running.pid).create_time() - running.started) < 1.0
+    except psutil.Error:
         alive = False
-    if not alive:
+    if running is None or not alive:
         raise StateError(
             f"no node is running in {state_dir}",
             remedy="start one with: mesh up   (or name its directory: --state-dir DIR)",
