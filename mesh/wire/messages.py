@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from mesh.wire.facts import Address, Epoch, Fingerprint, Layout, MeshId, Name, NodeFacts, NodeId, Role, Text
+from mesh.wire.facts import NO_EPOCH, Address, Epoch, Fingerprint, Layout, MeshId, Name, NodeFacts, NodeId, Role, Text
 
 PROTOCOL = 1
 """Grows when an old node cannot understand a new one."""
@@ -158,6 +158,8 @@ class Propose(_Message, frozen=True, tag="propose"):
     reason: Text
     excluded: Annotated[dict[NodeId, Text], Meta(max_length=256)] = {}
     """Members the plan leaves out, and why; for status."""
+    lifts: Epoch = NO_EPOCH
+    """The same layout was followed under this number: who runs it carries on, nothing restarts."""
 
 
 class Accepted(_Message, frozen=True, tag="accepted"):
