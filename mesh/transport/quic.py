@@ -1,0 +1,206 @@
+"""QUIC with pinned keys: the only place that touches what aioquic does not promise.
+
+aioquic's state machine is used as it is, with five changes, each guarded by ``tests/net/test_transport_contract.py``:
+
+- The server asks for a client certificate. aioquic verifies that the client holds the certificate's key, but accepts
+  that there is none: :meth:`PinnedQuic.peer_public_key` is then None, and the caller must refuse.
+- Ed25519 and X25519 only; no session tickets, so every connection proves its keys afresh.
+- Receive windows follow what was *consumed*. aioquic's own grow with what was received, without end, so a peer could
+  fill our memory while nobody reads.
+- Congestion control of ours (:mod:`mesh.transport.congestion`).
+- We learn at once that the peer closed; aioquic tells only after the draining period.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+from aioquic import tls
+from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.connection import Limit, QuicConnection, QuicReceiveContext
+from aioquic.quic.packet import QuicFrameType, QuicProtocolVersion
+from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.quic.recovery import QuicPacketSpace
+from aioquic.quic.stream import QuicStream
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from mesh.transport.congestion import NAME as CONGESTION
+from mesh.transport.congestion import Pacer
+
+ALPN = "mesh/1"
+IDLE_TIMEOUT_S = 30.0
+MAX_DATAGRAM = 1232
+"""Bytes. Fits IPv6 in the 1280-byte MTU that tunnels and VPNs leave at worst."""
+CID_LENGTH = 8
+STRANGER_WINDOW = 256 * 1024
+"""Bytes a peer may have sent us unread, over all streams, before it is admitted."""
+STREAM_WINDOW = 2 * 1024 * 1024
+"""Bytes a member may have sent unread on one stream. 25 MB/s at 40 ms fill half of it."""
+CONNECTION_WINDOW = 128 * STREAM_WINDOW
+"""As many bytes as all streams may hold: readers that stall can never starve the control stream."""
+
+
+def configure(certificate: x509.Certificate, key: Ed25519PrivateKey, *, is_client: bool) -> QuicConfiguration:
+    """What both roles have in common. ``verify_mode`` is off because nobody signs our certificates: keys are pinned."""
+    configuration = QuicConfiguration(
+        alpn_protocols=[ALPN],
+        is_client=is_client,
+        idle_timeout=IDLE_TIMEOUT_S,
+        max_data=STRANGER_WINDOW,
+        max_stream_data=STRANGER_WINDOW,
+        max_datagram_size=MAX_DATAGRAM,
+        connection_id_length=CID_LENGTH,
+        congestion_control_algorithm=CONGESTION,
+        verify_mode=ssl.CERT_NONE,
+        supported_versions=[QuicProtocolVersion.VERSION_1],
+        cipher_suites=[tls.CipherSuite.AES_128_GCM_SHA256, tls.CipherSuite.CHACHA20_POLY1305_SHA256],
+    )
+    configuration.certificate = certificate
+    configuration.private_key = key
+    return configuration
+
+
+class PinnedQuic(QuicConnection):
+    """One QUIC connection, sans IO."""
+
+    def __init__(self, configuration: QuicConfiguration, *, original_destination_cid: bytes | None = None) -> None:
+        super().__init__(configuration=configuration, original_destination_connection_id=original_destination_cid)
+        self.heard = False
+        """Set when a packet passed authentication; the reader clears it."""
+        self._consumed = 0
+        self._window = STRANGER_WINDOW
+        self._stream_window = STRANGER_WINDOW
+        self._stream_consumed: dict[int, int] = {}
+        self._no_limit = Limit(QuicFrameType.MAX_DATA, "none", 1)
+        self._local_max_streams_uni = Limit(QuicFrameType.MAX_STREAMS_UNI, "max_streams_uni", 0)
+        self._loss._pacer = Pacer(max_datagram_size=MAX_DATAGRAM)
+
+    # -- what the lane asks ------------------------------------------------------------------------------------------
+
+    @property
+    def close_reason(self) -> str | None:
+        """Why the connection is ending, as soon as that is known; None while it lives."""
+        event = self._close_event
+        if event is None:
+            return None
+        return event.reason_phrase or f"closed with code {event.error_code:#x}"
+
+    @property
+    def close_code(self) -> int:
+        """The peer's or our own code; meaningless while ``close_reason`` is None."""
+        return 0 if self._close_event is None else int(self._close_event.error_code)
+
+    @property
+    def rtt_ms(self) -> float | None:
+        return self._loss._rtt_smoothed * 1000 if self._loss._rtt_initialized else None
+
+    def peer_public_key(self) -> bytes | None:
+        """Raw Ed25519 key of the peer's certificate; None when it showed none, or one of another kind.
+
+        Valid once the handshake is complete: only then is it known that the peer holds the key.
+        """
+        certificate = self.tls._peer_certificate
+        if certificate is None:
+            return None
+        try:
+            public = certificate.public_key()
+        except (UnsupportedAlgorithm, ValueError):
+            return None
+        return public.public_bytes(Encoding.Raw, PublicFormat.Raw) if isinstance(public, Ed25519PublicKey) else None
+
+    def reserve_stream(self) -> int:
+        """The id of a new bidirectional stream of ours."""
+        stream_id = self.get_next_available_stream_id()
+        self.send_stream_data(stream_id, b"")
+        return stream_id
+
+    def unsent(self, stream_id: int) -> int:
+        """Bytes written to the stream that the peer has not acknowledged."""
+        stream = self._streams.get(stream_id)
+        return 0 if stream is None else stream.sender._buffer_stop - stream.sender._buffer_start
+
+    def abort_stream(self, stream_id: int, code: int) -> None:
+        """Reset our half and ask the peer to stop its own."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        stream.sender.reset(code)
+        if not stream.receiver.is_finished:
+            stream.receiver.stop(code)
+
+    def widen(self) -> None:
+        """Give the peer a member's windows."""
+        self._window, self._stream_window = CONNECTION_WINDOW, STREAM_WINDOW
+        for stream_id in list(self._streams):
+            self.consume(stream_id, 0)
+
+    def consume(self, stream_id: int, count: int) -> bool:
+        """``count`` bytes of the stream were read. Returns whether there is news to send to the peer."""
+        self._consumed += count
+        stream = self._streams.get(stream_id)
+        news = False
+        if stream is not None and not stream.receiver.is_finished:
+            consumed = self._stream_consumed.get(stream_id, 0) + count
+            self._stream_consumed[stream_id] = consumed
+            limit = consumed + self._stream_window
+            if limit - stream.max_stream_data_local >= self._stream_window // 2:
+                stream.max_stream_data_local = limit
+                news = True
+        limit = self._consumed + self._window
+        if limit - self._local_max_data.value >= self._window // 2:
+            self._local_max_data.value = limit
+            news = True
+        return news
+
+    def forget_stream(self, stream_id: int, delivered: int) -> None:
+        """The peer's half is over after ``delivered`` bytes reached us; what was lost with a reset is read, too."""
+        self._stream_consumed.pop(stream_id, None)
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._consumed += max(0, stream.receiver.highest_offset - delivered)
+
+    # -- what is changed in aioquic ----------------------------------------------------------------------------------
+
+    def _initialize(self, peer_cid: bytes) -> None:
+        super()._initialize(peer_cid)
+        context: Any = self.tls
+        context._request_client_certificate = not self._is_client
+        context._signature_algorithms = [tls.SignatureAlgorithm.ED25519]
+        context._supported_groups = [tls.Group.X25519]
+
+    def _payload_received(
+        self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
+    ) -> tuple[bool, bool]:
+        self.heard = True
+        return super()._payload_received(context, plain, crypto_frame_required)
+
+    def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
+        data = self._local_max_data
+        self._local_max_data = self._no_limit  # what aioquic would double; MAX_STREAMS is left to it
+        try:
+            super()._write_connection_limits(builder, space)
+        finally:
+            self._local_max_data = data
+        if data.value != data.sent:
+            frame = builder.start_frame(
+                data.frame_type, capacity=9, handler=self._on_connection_limit_delivery, handler_args=(data,)
+            )
+            frame.push_uint_var(data.value)
+            data.sent = data.value
+
+    def _write_stream_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream) -> None:
+        if stream.max_stream_data_local_sent == stream.max_stream_data_local or stream.receiver.is_finished:
+            return
+        frame = builder.start_frame(
+            QuicFrameType.MAX_STREAM_DATA,
+            capacity=17,
+            handler=self._on_max_stream_data_delivery,
+            handler_args=(stream,),
+        )
+        frame.push_uint_var(stream.stream_id or 0)
+        frame.push_uint_var(stream.max_stream_data_local)
+        stream.max_stream_data_local_sent = stream.max_stream_data_local

@@ -1,0 +1,156 @@
+"""A UDP socket in an event loop: many datagrams per wake-up, and errors that concern one datagram only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mesh.errors import TransportError
+
+Addr = tuple[Any, ...]
+"""As the socket module has it: ``(host, port)``, or ``(host, port, flow, scope)``."""
+Datagram = tuple[bytes, Addr]
+Receiver = Callable[["UdpSocket", list[Datagram]], None]
+
+_BUFFER = 8 * 1024 * 1024
+_BATCH = 64
+_MAX_QUEUED = 4096
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A non-blocking UDP socket on a literal address.
+
+    Raises:
+        TransportError: the port is taken (code ``port-in-use``), or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:
+        raise TransportError(f"this machine has no {family.name}: {error}", code="no-address") from error
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if sys.platform == "win32":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        sock.setblocking(False)
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise TransportError(
+                f"UDP port {port} on {host} is taken by another program, or may not be used",
+                remedy="stop that program, or choose another port:  --bind-port N",
+                code="port-in-use",
+            ) from error
+        raise TransportError(
+            f"cannot listen on {host}, UDP port {port}: {error.strerror or error}",
+            remedy="--bind-host takes an address of this machine",
+            code="no-address",
+        ) from error
+    return sock
+
+
+class UdpSocket:
+    """Reads in batches, writes at once and queues a little when the kernel's buffer is full."""
+
+    def __init__(self, sock: socket.socket, receiver: Receiver) -> None:
+        self.family = sock.family
+        self.address: Addr = sock.getsockname()
+        self._sock = sock
+        self._receiver = receiver
+        self._queue: deque[Datagram] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.DatagramTransport | None = None
+        self._closed = False
+
+    async def open(self) -> None:
+        """Begin to read."""
+        try:
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+        except NotImplementedError:  # the Windows proactor loop
+            self._transport, _ = await self._loop.create_datagram_endpoint(
+                lambda: _Protocol(self, self._receiver), sock=self._sock
+            )
+
+    def send(self, datagrams: Iterable[Datagram]) -> None:
+        """Send each, in order. What cannot be sent is lost, as datagrams may be."""
+        if self._closed:
+            return
+        if self._transport is not None:
+            for data, addr in datagrams:
+                self._transport.sendto(data, addr)
+            return
+        if self._queue:
+            self._queue.extend(datagrams)
+            while len(self._queue) > _MAX_QUEUED:
+                self._queue.pop()
+            return
+        sendto = self._sock.sendto
+        pending = iter(datagrams)
+        for data, addr in pending:
+            try:
+                sendto(data, addr)
+            except (BlockingIOError, InterruptedError):
+                self._queue.append((data, addr))
+                self._queue.extend(pending)
+                self._loop.add_writer(self._sock.fileno(), self._writable)
+                return
+            except OSError:
+                # No route, refused by a firewall, too long for this path: QUIC takes it for loss, and so do we.
+                continue
+
+    def close(self) -> None:
+        """Free the port."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._transport is not None:
+            self._transport.close()
+            return
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+
+    def _readable(self) -> None:
+        batch: list[Datagram] = []
+        recvfrom = self._sock.recvfrom
+        try:
+            while len(batch) < _BATCH:
+                batch.append(recvfrom(65535))
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            pass  # an ICMP error of an earlier send; it says nothing about the next datagram
+        if batch:
+            self._receiver(self, batch)
+
+    def _writable(self) -> None:
+        while self._queue:
+            data, addr = self._queue[0]
+            try:
+                self._sock.sendto(data, addr)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                pass
+            self._queue.popleft()
+        self._loop.remove_writer(self._sock.fileno())
+
+
+class _Protocol(asyncio.DatagramProtocol):
+    def __init__(self, owner: UdpSocket, receiver: Receiver) -> None:
+        self._owner = owner
+        self._receiver = receiver
+
+    def datagram_received(self, data: bytes, addr: Addr) -> None:
+        self._receiver(self._owner, [(data, addr)])
