@@ -1,0 +1,7 @@
+"""Carries RPC and HTTP bytes between local ports and the mesh."""
+
+from mesh.tunnel.host import HostTunnels
+from mesh.tunnel.member import HttpTunnel, WorkerTunnel
+from mesh.tunnel.pump import Traffic
+
+__all__ = ["HostTunnels", "HttpTunnel", "Traffic", "WorkerTunnel"]

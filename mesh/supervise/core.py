@@ -1,0 +1,512 @@
+"""One node's engine, one epoch at a time. Pure: events and time come in, effects go out.
+
+    IDLE -> WORKER_STARTING -> WORKING                                     this node is a worker of the layout
+    IDLE -> GATHERING -> OPENING -> LAUNCHING -> LOADING -> SERVING        this node is its host
+    any of these -> STOPPING -> the next epoch, or IDLE                    a newer layout, or a failure
+    any -> CLOSING -> CLOSED                                               the node goes
+
+Everything of an older epoch is gone before anything of a newer one starts: the memory must be free. Events carry the
+epoch they belong to, so what arrives late from an engine that was replaced is dropped before the table is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from mesh.supervise.reasons import ProcessKind, clipped, exit_reason
+from mesh.wire.facts import NO_EPOCH, Epoch, Layout, NodeId
+from mesh.wire.messages import WorkerReady
+
+# -- events ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """The election agreed on ``layout``; None: nothing is to run."""
+
+    epoch: Epoch
+    layout: Layout | None
+
+
+@dataclass(frozen=True, slots=True)
+class MemberReady:
+    """``node`` says that its rpc-server of ``epoch`` listens. May come before we adopt that epoch ourselves."""
+
+    node: NodeId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLoading:
+    """``node`` loads weights for ``epoch``: slow, but not stuck."""
+
+    node: NodeId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStarted:
+    """The process runs and listens on loopback ``port``."""
+
+    epoch: Epoch
+    kind: ProcessKind
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExited:
+    """The process ended unasked. ``code`` < 0: killed by that signal. ``tail``: its last lines."""
+
+    epoch: Epoch
+    kind: ProcessKind
+    code: int
+    tail: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """A step could not be carried out (no program, no free port, a wrong answer to the probe)."""
+
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelsOpen:
+    """One loopback ``host:port`` per worker, in ring order."""
+
+    epoch: Epoch
+    endpoints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelFailed:
+    """The tunnel to ``worker`` was refused, or broke under the engine."""
+
+    epoch: Epoch
+    worker: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostConnected:
+    """The host reached our rpc-server: it knows that we are ready."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """llama-server is healthy and one real token came out: it went through every member of the ring."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSeen:
+    """Bytes of weights this node's engine has read, of all it will."""
+
+    epoch: Epoch
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """No process, tunnel or port of ours is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A timer asked for through ``next_timer`` is due."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """The node goes; nothing starts any more."""
+
+
+Event = (
+    Adopt | MemberReady | MemberLoading | ProcessStarted | ProcessExited | EngineFailed | TunnelsOpen | TunnelFailed
+    | HostConnected | Answered | LoadSeen | Stopped | Tick | Shutdown
+)  # fmt: skip
+
+# -- effects ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StopEngine:
+    """End every process and tunnel, cancel every step under way, then say :class:`Stopped`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartRpcServer:
+    epoch: Epoch
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTunnels:
+    epoch: Epoch
+    workers: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartLlamaServer:
+    epoch: Epoch
+    layout: Layout
+    endpoints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeToken:
+    """Wait for health, then for one real token."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class TellHost:
+    host: NodeId
+    message: WorkerReady
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceServing:
+    """The ring of ``epoch`` answers: members may have the key to it."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ReportDown:
+    """This node's part of ``epoch`` cannot be, in plain words: the coordinator must plan again."""
+
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportProgress:
+    epoch: Epoch
+    done: int
+    total: int
+
+
+Effect = (
+    StopEngine | StartRpcServer | OpenTunnels | StartLlamaServer | ProbeToken
+    | TellHost | AnnounceServing | ReportDown | ReportProgress
+)  # fmt: skip
+
+# -- the machine -----------------------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    IDLE = "idle"
+    WORKER_STARTING = "worker starting"
+    WORKING = "working"
+    GATHERING = "waiting for workers"
+    OPENING = "opening tunnels"
+    LAUNCHING = "starting llama-server"
+    LOADING = "loading"
+    SERVING = "serving"
+    STOPPING = "stopping"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+RUNNING = frozenset(State) - {State.IDLE, State.STOPPING, State.CLOSING, State.CLOSED}
+"""States in which something of the current epoch is alive or being made."""
+HOSTING = frozenset({State.GATHERING, State.OPENING, State.LAUNCHING, State.LOADING, State.SERVING})
+
+
+class IllegalEventError(RuntimeError):
+    """An event that cannot happen in this state: a bug, not bad luck."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds each step may take before the layout is given up.
+
+    ``load_stall_s`` runs anew with every sign of progress; the rest are whole steps.
+    """
+
+    rpc_start_s: float = 60.0
+    gather_s: float = 90.0
+    tunnels_s: float = 20.0
+    launch_s: float = 60.0
+    load_stall_s: float = 300.0
+    stop_s: float = 15.0
+    ready_again_s: float = 2.0
+    """A worker repeats that it is ready until the host has come: a link may have been down when it first said so."""
+    progress_every_s: float = 0.25
+
+
+class EngineCore:
+    """Decides what runs on this node.
+
+    Args:
+        me: this node.
+    """
+
+    def __init__(self, me: NodeId, deadlines: Deadlines | None = None) -> None:
+        self._me = me
+        self._limits = deadlines or Deadlines()
+        self._state = State.IDLE
+        self._epoch = NO_EPOCH
+        self._layout: Layout | None = None
+        self._next: Adopt | None = None
+        """What starts once everything older is gone."""
+        self._ready: dict[NodeId, Epoch] = {}
+        self._deadline: float | None = None
+        self._ready_again: float | None = None
+        self._progress_shown = float("-inf")
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch whose engine runs, is being made, or was last here; not yet the one that waits for a stop."""
+        return self._epoch
+
+    @property
+    def layout(self) -> Layout | None:
+        return self._layout
+
+    def next_timer(self) -> float | None:
+        """When to send :class:`Tick`, on the same clock as ``now``."""
+        return min((t for t in (self._deadline, self._ready_again) if t is not None), default=None)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Raises:
+        IllegalEventError: the event cannot happen in this state.
+        """
+        epoch = None if isinstance(event, Adopt | MemberReady | MemberLoading) else getattr(event, "epoch", None)
+        if epoch is not None and epoch != self._epoch:
+            return []
+        transition = TRANSITIONS.get((self._state, type(event)))
+        if transition is None:
+            raise IllegalEventError(f"{type(event).__name__} while {self._state.value}")
+        return transition(self, event, now)
+
+    # each method below is a cell (or a column) of TRANSITIONS
+
+    def _ignore(self, event: Event, now: float) -> list[Effect]:
+        return []
+
+    def _begin(self, event: Adopt, now: float) -> list[Effect]:
+        if event.epoch <= self._epoch:
+            return []
+        self._epoch, self._layout = event.epoch, event.layout
+        self._enter(State.IDLE)
+        layout = event.layout
+        if layout is None:
+            return []
+        workers = tuple(member.id for member in layout.workers)
+        if layout.host == self._me:
+            if not workers:
+                return self._launch((), now)
+            self._enter(State.GATHERING, now + self._limits.gather_s)
+            return self._gather(now)
+        if self._me in workers:
+            self._enter(State.WORKER_STARTING, now + self._limits.rpc_start_s)
+            return [StartRpcServer(event.epoch, layout)]
+        return []
+
+    def _replace(self, event: Adopt, now: float) -> list[Effect]:
+        if event.epoch <= self._epoch:
+            return []
+        self._next = event
+        self._enter(State.STOPPING, now + self._limits.stop_s)
+        return [StopEngine()]
+
+    def _supersede(self, event: Adopt, now: float) -> list[Effect]:
+        if event.epoch > (self._next.epoch if self._next else self._epoch):
+            self._next = event
+        return []
+
+    def _gone(self, event: Stopped, now: float) -> list[Effect]:
+        following, self._next = self._next, None
+        self._enter(State.IDLE)
+        return [] if following is None else self._begin(following, now)
+
+    def _note_ready(self, event: MemberReady, now: float) -> list[Effect]:
+        # One entry per node, its latest: a peer cannot make us remember more than that.
+        self._ready[event.node] = event.epoch
+        return []
+
+    def _count_ready(self, event: MemberReady, now: float) -> list[Effect]:
+        self._note_ready(event, now)
+        return self._gather(now)
+
+    def _gather(self, now: float) -> list[Effect]:
+        if self._missing():
+            return []
+        assert self._layout is not None
+        self._enter(State.OPENING, now + self._limits.tunnels_s)
+        return [OpenTunnels(self._epoch, tuple(member.id for member in self._layout.workers))]
+
+    def _opened(self, event: TunnelsOpen, now: float) -> list[Effect]:
+        return self._launch(event.endpoints, now)
+
+    def _launch(self, endpoints: tuple[str, ...], now: float) -> list[Effect]:
+        assert self._layout is not None
+        self._enter(State.LAUNCHING, now + self._limits.launch_s)
+        return [StartLlamaServer(self._epoch, self._layout, endpoints)]
+
+    def _worker_listens(self, event: ProcessStarted, now: float) -> list[Effect]:
+        self._enter(State.WORKING)
+        return self._say_ready(now)
+
+    def _say_ready(self, now: float) -> list[Effect]:
+        assert self._layout is not None
+        self._ready_again = now + self._limits.ready_again_s
+        return [TellHost(self._layout.host, WorkerReady(self._epoch))]
+
+    def _host_came(self, event: HostConnected, now: float) -> list[Effect]:
+        self._ready_again = None
+        return []
+
+    def _server_listens(self, event: ProcessStarted, now: float) -> list[Effect]:
+        self._enter(State.LOADING, now + self._limits.load_stall_s)
+        return [ProbeToken(self._epoch)]
+
+    def _answered(self, event: Answered, now: float) -> list[Effect]:
+        self._enter(State.SERVING)
+        return [AnnounceServing(self._epoch)]
+
+    def _progressed(self, event: LoadSeen, now: float) -> list[Effect]:
+        if self._state is State.LOADING:
+            self._deadline = now + self._limits.load_stall_s
+        if event.done < event.total and now - self._progress_shown < self._limits.progress_every_s:
+            return []
+        self._progress_shown = now
+        return [ReportProgress(self._epoch, event.done, event.total)]
+
+    def _member_progressed(self, event: MemberLoading, now: float) -> list[Effect]:
+        if event.epoch == self._epoch:
+            self._deadline = now + self._limits.load_stall_s
+        return []
+
+    def _exited(self, event: ProcessExited, now: float) -> list[Effect]:
+        return self._fail(exit_reason(event.kind, event.code, event.tail), now)
+
+    def _failed(self, event: EngineFailed, now: float) -> list[Effect]:
+        return self._fail(event.reason, now)
+
+    def _tunnel_failed(self, event: TunnelFailed, now: float) -> list[Effect]:
+        return self._fail(f"the tunnel to {self._name(event.worker)} failed: {event.reason}", now)
+
+    def _fail(self, reason: str, now: float) -> list[Effect]:
+        self._enter(State.STOPPING, now + self._limits.stop_s)
+        return [StopEngine(), ReportDown(self._epoch, clipped(reason))]
+
+    def _tick(self, event: Tick, now: float) -> list[Effect]:
+        if self._deadline is not None and now >= self._deadline:
+            return self._overdue(now)
+        if self._ready_again is not None and now >= self._ready_again:
+            return self._say_ready(now)
+        return []
+
+    def _overdue(self, now: float) -> list[Effect]:
+        match self._state:
+            case State.WORKER_STARTING:
+                return self._fail(f"rpc-server did not listen within {self._limits.rpc_start_s:.0f} s", now)
+            case State.GATHERING:
+                names = ", ".join(self._name(node) for node in self._missing())
+                return self._fail(f"no word within {self._limits.gather_s:.0f} s that {names} is ready", now)
+            case State.OPENING:
+                return self._fail(f"the tunnels did not open within {self._limits.tunnels_s:.0f} s", now)
+            case State.LAUNCHING:
+                return self._fail(f"llama-server did not listen within {self._limits.launch_s:.0f} s", now)
+            case State.LOADING:
+                return self._fail(f"no token and no progress for {self._limits.load_stall_s:.0f} s", now)
+            case _:
+                # Stopping or closing: a process in the kernel's hands cannot be hurried. Ask again, and say once
+                # that the epoch behind it cannot start, so that somebody plans without this node.
+                self._deadline = now + self._limits.stop_s
+                stuck: list[Effect] = [StopEngine()]
+                if self._next is not None and self._next.layout is not None:
+                    reason = f"the previous engine has not ended after {self._limits.stop_s:.0f} s"
+                    stuck.append(ReportDown(self._next.epoch, reason))
+                    self._next = Adopt(self._next.epoch, None)
+                return stuck
+
+    def _close(self, event: Shutdown, now: float) -> list[Effect]:
+        self._next = None
+        was = self._state
+        self._enter(State.CLOSING, now + self._limits.stop_s)
+        return [] if was is State.STOPPING else [StopEngine()]
+
+    def _closed(self, event: Stopped, now: float) -> list[Effect]:
+        self._enter(State.CLOSED)
+        return []
+
+    def _enter(self, state: State, deadline: float | None = None) -> None:
+        self._state = state
+        self._deadline = deadline
+        self._ready_again = None
+
+    def _missing(self) -> list[NodeId]:
+        assert self._layout is not None
+        return [member.id for member in self._layout.workers if self._ready.get(member.id) != self._epoch]
+
+    def _name(self, node: NodeId) -> str:
+        ring = self._layout.ring if self._layout is not None else ()
+        return next((member.name for member in ring if member.id == node), node)
+
+
+Transition = Callable[[EngineCore, Any, float], list[Effect]]
+
+
+def _table() -> dict[tuple[State, type[Any]], Transition]:
+    """Every legal (state, event). What is not here raises."""
+    core = EngineCore
+    table: dict[tuple[State, type[Any]], Transition] = {}
+
+    def on(states: frozenset[State] | set[State], event: type[Any], transition: Transition) -> None:
+        for state in states:
+            table[state, event] = transition
+
+    every = frozenset(State)
+    resting = every - RUNNING
+    # Whatever an engine still says while it is taken down, or has been, changes nothing.
+    late = (ProcessStarted, ProcessExited, EngineFailed, TunnelsOpen, TunnelFailed, HostConnected, Answered, LoadSeen)
+    for event in late:
+        on(resting, event, core._ignore)
+
+    on({State.IDLE}, Adopt, core._begin)
+    on(RUNNING, Adopt, core._replace)
+    on({State.STOPPING}, Adopt, core._supersede)
+    on({State.CLOSING, State.CLOSED}, Adopt, core._ignore)
+    on(every, MemberReady, core._note_ready)
+    on({State.GATHERING}, MemberReady, core._count_ready)
+    on(every, MemberLoading, core._ignore)
+    on({State.LOADING}, MemberLoading, core._member_progressed)
+
+    on({State.WORKER_STARTING}, ProcessStarted, core._worker_listens)
+    on({State.LAUNCHING}, ProcessStarted, core._server_listens)
+    on({State.OPENING}, TunnelsOpen, core._opened)
+    on({State.LOADING}, Answered, core._answered)
+    on({State.WORKING}, HostConnected, core._host_came)
+    on({State.WORKER_STARTING, State.WORKING, State.LAUNCHING, State.LOADING, State.SERVING}, LoadSeen,
+       core._progressed)  # fmt: skip
+
+    on(RUNNING, ProcessExited, core._exited)
+    on(RUNNING, EngineFailed, core._failed)
+    on(HOSTING, TunnelFailed, core._tunnel_failed)
+
+    on({State.STOPPING}, Stopped, core._gone)
+    on({State.CLOSING}, Stopped, core._closed)
+    on(every, Tick, core._tick)
+    on(every, Shutdown, core._close)
+    on({State.CLOSING, State.CLOSED}, Shutdown, core._ignore)
+    return table
+
+
+TRANSITIONS = _table()

@@ -1,0 +1,147 @@
+"""The other ends: what a member does with a stream that asks for its rpc-server or its llama-server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from mesh.errors import MeshError, TransportError
+from mesh.transport.lane import Stream
+from mesh.tunnel.pump import Traffic, connect_local, pump
+from mesh.wire.codec import encode
+from mesh.wire.facts import Epoch, NodeId
+from mesh.wire.messages import Opened, OpenFailed, OpenHttp, OpenRpc
+
+MAX_RPC_STREAMS = 16
+"""Of one host to our rpc-server. It opens one, and a few short ones while it starts."""
+MAX_HTTP_STREAMS = 512
+"""Of all members to our llama-server: requests in flight, of all ingresses together."""
+
+
+class Endpoint(Protocol):
+    """Where our rpc-server is, and what it wants to hear first."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def secret(self) -> bytes: ...
+
+
+class _Carrier:
+    """Streams being carried to a local port, until they end or all are closed at once."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._carrying: set[asyncio.Task[None]] = set()
+        self._traffic: dict[NodeId, Traffic] = {}
+
+    @property
+    def traffic(self) -> Mapping[NodeId, Traffic]:
+        """Bytes and connections per peer. ``up``: from our engine to the peer."""
+        return self._traffic
+
+    def close(self) -> None:
+        """Reset every stream and close every local connection now."""
+        for task in self._carrying:
+            task.cancel()
+
+    async def _carry(
+        self, peer: NodeId, stream: Stream, port: int, greeting: bytes, on_connected: Callable[[], None]
+    ) -> None:
+        if len(self._carrying) >= self._limit:
+            await _refuse(stream, "busy", f"{self._limit} streams are open already")
+            return
+
+        async def carry() -> None:
+            try:
+                local = await connect_local(port)
+            except TransportError as error:
+                await _refuse(stream, "not-listening", error.message)
+                return
+            try:
+                if greeting:
+                    await local.write(greeting)
+                await stream.write(encode(Opened()))
+                on_connected()
+                traffic = self._traffic.setdefault(peer, Traffic())
+                traffic.connections += 1
+                await pump(local, stream, traffic)
+            except (TransportError, OSError):
+                pass  # the peer went, or the engine did; each end of a tunnel reports its own
+            finally:
+                # However this ends, also by cancellation before the pump had them: neither end is left open.
+                local.close()
+                if not stream.closed:
+                    stream.abort()
+
+        task = asyncio.ensure_future(carry())
+        self._carrying.add(task)
+        task.add_done_callback(self._carrying.discard)
+        # A task cancelled before its first step runs no finally.
+        task.add_done_callback(lambda task: stream.abort() if task.cancelled() else None)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+
+
+class WorkerTunnel(_Carrier):
+    """Carries the host's RPC streams to our own rpc-server, while its epoch is current.
+
+    Args:
+        endpoint: our rpc-server of an epoch; None when that epoch is not, or no longer, the one we run.
+        may_carry: the peer is the host of the epoch, and the epoch is the newest we know (fencing).
+        on_connected: told the epoch each time the host has reached our rpc-server.
+    """
+
+    def __init__(
+        self,
+        endpoint: Callable[[Epoch], Endpoint | None],
+        may_carry: Callable[[NodeId, Epoch], bool],
+        *,
+        on_connected: Callable[[Epoch], None] = lambda epoch: None,
+    ) -> None:
+        super().__init__(MAX_RPC_STREAMS)
+        self.on_connected = on_connected
+        self._endpoint = endpoint
+        self._may_carry = may_carry
+
+    async def serve(self, peer: NodeId, request: OpenRpc, stream: Stream) -> None:
+        """Answer ``request``, then carry until either side ends. Never raises for what the peer or the engine does."""
+        if not self._may_carry(peer, request.epoch):
+            await _refuse(stream, "fenced", f"this node follows another layout than epoch {request.epoch.number}")
+            return
+        endpoint = self._endpoint(request.epoch)
+        if endpoint is None:
+            await _refuse(stream, "not-ready", f"no rpc-server of epoch {request.epoch.number} runs here")
+            return
+        await self._carry(peer, stream, endpoint.port, endpoint.secret, lambda: self.on_connected(request.epoch))
+
+
+class HttpTunnel(_Carrier):
+    """Carries members' HTTP streams to our own llama-server, while we are the serving host.
+
+    Args:
+        port: of our llama-server for an epoch; None when it does not serve that epoch.
+    """
+
+    def __init__(self, port: Callable[[Epoch], int | None]) -> None:
+        super().__init__(MAX_HTTP_STREAMS)
+        self._port = port
+
+    async def serve(self, peer: NodeId, request: OpenHttp, stream: Stream) -> None:
+        """Answer ``request``, then carry until either side ends. Never raises for what the peer or the engine does."""
+        port = self._port(request.epoch)
+        if port is None:
+            await _refuse(stream, "not-serving", f"this node does not serve epoch {request.epoch.number}")
+            return
+        await self._carry(peer, stream, port, b"", lambda: None)
+
+
+async def _refuse(stream: Stream, code: str, message: str) -> None:
+    try:
+        await stream.write(encode(OpenFailed(code, message)))
+        await stream.write_eof()
+    except (MeshError, EOFError):
+        stream.abort()

@@ -1,0 +1,242 @@
+"""Bytes between a local TCP socket and a stream of the mesh, both ways, with as little in between as there can be.
+
+Each direction holds a bounded number of bytes and stops reading when the other side is slow. Ends are passed on one
+direction at a time (half-close); a break on either side breaks the other at once, so that nobody waits for the dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from mesh.errors import TransportError
+from mesh.transport.lane import Stream
+
+HIGH_WATER = 1 << 20
+"""Bytes waiting in one direction above which its source is not read any more. Prompt activations come in megabytes."""
+CHUNK = 1 << 18
+"""Bytes handed over at once at most."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went through. ``up``: from the local socket into the mesh."""
+
+    up_bytes: int = 0
+    down_bytes: int = 0
+    connections: int = 0
+
+
+class LocalEnd(asyncio.BufferedProtocol):
+    """One local TCP connection.
+
+    Received bytes are kept as the pieces they came in; nothing is copied twice. (A ``StreamReader`` copies each byte
+    into a buffer and out of it again.)
+    """
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._room = memoryview(bytearray(CHUNK))
+        self._pieces: deque[bytes] = deque()
+        self._waiting = 0
+        self._ended = False
+        self._aborted = False
+        self._reading_paused = False
+        self._readable: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._loop = loop
+        self.lost: asyncio.Future[Exception | None] = loop.create_future()
+        """Done once the socket is gone, for whatever cause."""
+
+    # what asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(HIGH_WATER)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._aborted:
+            transport.abort()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._room
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._pieces.append(bytes(self._room[:nbytes]))
+        self._waiting += nbytes
+        if self._waiting > HIGH_WATER and not self._reading_paused and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+        self._wake_reader()
+
+    def eof_received(self) -> bool:
+        self._ended = True
+        self._wake_reader()
+        return True  # our half stays open
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(exc)
+        self._wake_reader()
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        if self._writable is None:
+            self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None and not writable.done():
+            writable.set_result(None)
+
+    def _wake_reader(self) -> None:
+        readable, self._readable = self._readable, None
+        if readable is not None and not readable.done():
+            readable.set_result(None)
+
+    # what the pump calls
+
+    async def _more(self) -> bool:
+        """Wait for bytes; False at the end.
+
+        Raises:
+            ConnectionError: the socket is gone.
+        """
+        while not self._pieces:
+            if self._ended:
+                return False
+            if self.lost.done():
+                raise self.lost.result() or ConnectionResetError("closed")
+            self._readable = self._loop.create_future()
+            await self._readable
+        return True
+
+    def _took(self, nbytes: int) -> None:
+        self._waiting -= nbytes
+        if self._reading_paused and self._waiting <= HIGH_WATER // 2 and self._transport is not None:
+            self._reading_paused = False
+            if not self.lost.done():
+                self._transport.resume_reading()
+
+    async def read(self) -> bytes:
+        """All that is there, at least one byte; ``b""`` at the end."""
+        if not await self._more():
+            return b""
+        data = self._pieces.popleft() if len(self._pieces) == 1 else self._joined()
+        self._took(len(data))
+        return data
+
+    def _joined(self) -> bytes:
+        pieces, size = [], 0
+        while self._pieces and size + len(self._pieces[0]) <= CHUNK:  # no piece is larger than that
+            pieces.append(self._pieces.popleft())
+            size += len(pieces[-1])
+        return b"".join(pieces)
+
+    async def read_exactly(self, n: int) -> bytes:
+        """Raises:
+        EOFError: the other side ended first.
+        ConnectionError: the socket is gone.
+        """
+        data = b""
+        while len(data) < n:
+            if not await self._more():
+                raise EOFError(f"ended after {len(data)} of {n} bytes")
+            piece = self._pieces.popleft()
+            wanted = n - len(data)
+            if len(piece) > wanted:
+                self._pieces.appendleft(piece[wanted:])
+            data += piece[:wanted]
+            self._took(min(wanted, len(piece)))
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Hand over; waits only while more than :data:`HIGH_WATER` is unsent."""
+        if self.lost.done() or self._transport is None:
+            raise self.lost.result() or ConnectionResetError("closed")
+        self._transport.write(data)
+        if self._writable is not None:
+            await asyncio.shield(self._writable)
+
+    def write_eof(self) -> None:
+        if self._transport is not None and not self.lost.done():
+            with contextlib.suppress(OSError):
+                self._transport.write_eof()
+
+    def close(self) -> None:
+        """Close after what was written has gone out."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close now, also when asyncio has not handed us the socket yet."""
+        self._aborted = True
+        if self._transport is not None:
+            self._transport.abort()
+
+
+async def pump(local: LocalEnd, stream: Stream, traffic: Traffic) -> None:
+    """Carry bytes both ways until both directions have ended, then close both sides.
+
+    When the local side breaks, the stream is reset and the call returns: the other end learns it there.
+
+    Raises:
+        TransportError: the stream broke; the local socket is closed by then.
+    """
+    up = asyncio.ensure_future(_carry_up(local, stream, traffic))
+    down = asyncio.ensure_future(_carry_down(local, stream, traffic))
+    clean = False
+    try:
+        waited_for: set[asyncio.Future[Any]] = {up, down}
+        while waited_for and not local.lost.done():
+            done, rest = await asyncio.wait({*waited_for, local.lost}, return_when=asyncio.FIRST_COMPLETED)
+            for direction in done & waited_for:
+                direction.result()
+            waited_for = rest & waited_for
+        clean = not waited_for
+    except (ConnectionError, OSError):
+        pass  # the local side; reset below
+    finally:
+        if clean:
+            local.close()
+        else:
+            local.abort()
+            stream.abort()
+        for direction in (up, down):
+            direction.cancel()
+        await asyncio.gather(up, down, return_exceptions=True)
+
+
+async def _carry_up(local: LocalEnd, stream: Stream, traffic: Traffic) -> None:
+    while data := await local.read():
+        await stream.write(data)
+        traffic.up_bytes += len(data)
+    await stream.write_eof()
+
+
+async def _carry_down(local: LocalEnd, stream: Stream, traffic: Traffic) -> None:
+    while data := await stream.read(CHUNK):
+        await local.write(data)
+        traffic.down_bytes += len(data)
+    local.write_eof()
+
+
+async def connect_local(port: int) -> LocalEnd:
+    """A connection to our own engine's loopback ``port``.
+
+    Raises:
+        TransportError: nobody listens there.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        _, local = await loop.create_connection(LocalEnd, "127.0.0.1", port)
+    except OSError as error:
+        raise TransportError(f"the engine does not listen on 127.0.0.1:{port}: {error.strerror}") from error
+    return local
