@@ -68,6 +68,8 @@ class ModelCost(Struct, frozen=True):
     """Output norm and head."""
     kv_bytes_per_token: Annotated[tuple[Bytes64, ...], Meta(max_length=1024)]
     """f16 K and V of one token, for each layer."""
+    n_ff: Count = 0
+    """Widest feed-forward row of a token (experts in use together); sizes compute buffers. 0 when unknown."""
     demo_version: Count = 0
     """Generator version when this is the demo model, which any node can make for itself; else 0."""
 
