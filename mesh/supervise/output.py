@@ -6,14 +6,13 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 MAX_LINE = 4096
-"""Bytes; longer lines are cut into pieces of this."""
+"""Bytes of a line that are kept in memory."""
 TAIL_LINES = 50
 _PROGRESS = re.compile(rb"mesh-load (\d{1,18}) (\d{1,18})")
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\uffff]+")
 
 
 class RotatingLog:
@@ -28,7 +27,7 @@ class RotatingLog:
         self._path = path
         self._max_bytes = max_bytes
         self._keep = keep
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._size = 0
 
     def write(self, data: bytes) -> None:
@@ -40,24 +39,20 @@ class RotatingLog:
                 self._rotate()
             assert self._file is not None
             self._file.write(data)
-            self._file.flush()
             self._size += len(data)
         except OSError:
             self.close()
 
     def close(self) -> None:
         if self._file is not None:
-            file, self._file = self._file, None
-            try:
-                file.close()
-            except OSError:  # what was buffered for a full disk
-                return
+            self._file.close()
+            self._file = None
 
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Prompts may be in it.
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = os.fdopen(descriptor, "ab")
+        self._file = os.fdopen(descriptor, "ab", buffering=0)
         self._size = os.fstat(descriptor).st_size
         if self._size >= self._max_bytes:
             self._rotate()
@@ -129,6 +124,7 @@ class Output:
                 self._on_progress(int(match[1]), int(match[2]))
                 continue
             kept.append(line + b"\n")
-            self._tail.append(_UNPRINTABLE.sub(" ", line.decode("utf-8", "replace")).rstrip())
+            words = line[:MAX_LINE].decode("utf-8", "replace")
+            self._tail.append("".join(c if c.isprintable() else " " for c in words).rstrip())
         if kept:
             self._log.write(b"".join(kept))

@@ -61,6 +61,7 @@ class PosixLauncher:
             book(child.pid)
         except BaseException:
             child.kill()
+            await child.wait()
             raise
         # Until this byte nothing of the engine runs. The pipe stays open: for the guard, its end is our end.
         stdin = transport.get_pipe_transport(0)

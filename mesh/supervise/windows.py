@@ -142,5 +142,6 @@ class WindowsLauncher:
             psutil.Process(child.pid).resume()
         except BaseException:
             child.kill()
+            await child.wait()
             raise
         return child
