@@ -1,0 +1,180 @@
+"""The proxy of one node: feeds the core events and the time, and hands its decisions to the requests they are about."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+
+from mesh.clock import Clock
+from mesh.proxy.budget import DEFAULT_BYTES, Budget
+from mesh.proxy.core import Core, Counters, Limits
+from mesh.proxy.events import (
+    Arrived,
+    Departed,
+    Dispatch,
+    Event,
+    RequestEvent,
+    RequestId,
+    Served,
+    Stopped,
+    Tick,
+    Unserved,
+)
+from mesh.proxy.exchange import Ask, Exchange
+from mesh.proxy.reply import Reply
+from mesh.proxy.upstream import IDLE_S, OPEN_S, Headers, Route, Upstream, UpstreamLost
+
+
+class Proxy:
+    """Holds, carries and replays requests. All methods belong to one event loop.
+
+    Args:
+        budget_bytes: bodies of requests and answers held at one time, all together.
+        idle_s: how long an unused connection to the engine is kept.
+        open_s: how long opening one may take.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        limits: Limits | None = None,
+        *,
+        budget_bytes: int = DEFAULT_BYTES,
+        idle_s: float = IDLE_S,
+        open_s: float = OPEN_S,
+    ) -> None:
+        self.budget = Budget(budget_bytes)
+        self._clock = clock
+        self._core = Core(limits or Limits())
+        self._idle_s = idle_s
+        self._open_s = open_s
+        self._ids = itertools.count(1)
+        self._exchanges: dict[RequestId, Exchange] = {}
+        self._upstream: Upstream | None = None
+        self._model_name: str | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    # -- for the node ------------------------------------------------------------------------------------------------
+
+    def serve(self, route: Route) -> None:
+        """Send requests there from now on, the waiting ones first. What another epoch's engine still owes is lost."""
+        self._replace(Upstream(route, idle_s=self._idle_s, open_s=self._open_s))
+        self._model_name = route.model_name
+        self._handle(Served(route.epoch, route.model_name))
+
+    def unserve(self, reason: str, *, drain_s: float = 0.0, model_name: str | None = None) -> None:
+        """Let requests wait.
+
+        Args:
+            reason: for those who wait in vain.
+            drain_s: how long answers under way may take to finish; 0 for an engine that is gone.
+            model_name: what will be served next, if known.
+        """
+        self._replace(None)
+        self._model_name = model_name
+        self._handle(Unserved(reason, drain_s))
+
+    @property
+    def route(self) -> Route | None:
+        return None if self._upstream is None else self._upstream.route
+
+    @property
+    def model_name(self) -> str | None:
+        """What is served, or will be as far as is known."""
+        return self._model_name
+
+    @property
+    def counters(self) -> Counters:
+        return self._core.counters
+
+    async def drained(self, within_s: float) -> bool:
+        """Whether all answers under way were finished in that time; waiting requests do not count."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._drained.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self, reason: str = "this node is stopping", within_s: float = 1.0) -> None:
+        """Tell every client, and wait until the last one knows."""
+        self._replace(None)
+        self._handle(Stopped(reason))
+        try:
+            async with asyncio.timeout(within_s):
+                await self._empty.wait()
+        except TimeoutError:
+            pass
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    # -- for the HTTP side -------------------------------------------------------------------------------------------
+
+    async def carry(self, ask: Ask, reply: Reply, gone: Callable[[], Awaitable[None]]) -> None:
+        """See one request through: its answer, its error, or the end of its client's patience."""
+        request = next(self._ids)
+        exchange = Exchange(request, ask, reply, self)
+        self._exchanges[request] = exchange
+        self._empty.clear()
+        try:
+            self._handle(Arrived(request, streams=ask.streams, model=ask.model, holds=ask.holds))
+            await exchange.run(gone)
+        finally:
+            self._handle(Departed(request))
+            del self._exchanges[request]
+            if not self._exchanges:
+                self._empty.set()
+
+    async def peek(self, target: bytes, within_s: float = 2.0) -> tuple[int, Headers, bytes] | None:
+        """What the engine says to a GET, apart from all queues; None when there is none or it does not say it soon."""
+        upstream = self._upstream
+        if upstream is None:
+            return None
+        try:
+            async with asyncio.timeout(within_s), await upstream.ask("GET", target, (), b"") as answer:
+                body = b"".join([part async for part in answer.parts()])
+                return (200, answer.headers, body) if answer.status == 200 else None
+        except (UpstreamLost, TimeoutError):
+            return None
+
+    def tell(self, event: RequestEvent) -> None:
+        """What an exchange has seen of its upstream."""
+        self._handle(event)
+
+    def upstream_of(self, order: Dispatch) -> Upstream | None:
+        """The engine an order names, unless it is gone again."""
+        upstream = self._upstream
+        return upstream if upstream is not None and upstream.route.epoch == order.epoch else None
+
+    # -- the pump ----------------------------------------------------------------------------------------------------
+
+    def _replace(self, upstream: Upstream | None) -> None:
+        before, self._upstream = self._upstream, upstream
+        if before is not None:
+            before.retire()
+
+    def _handle(self, event: Event) -> None:
+        for effect in self._core.handle(event, self._clock.now()):
+            exchange = self._exchanges.get(effect.request)
+            if exchange is not None:
+                exchange.put(effect)
+        if self._core.counters.active:
+            self._drained.clear()
+        else:
+            self._drained.set()
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._core.next_timer()
+        if due is not None:
+            delay_s = max(0.0, due - self._clock.now())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._handle, Tick())

@@ -1,0 +1,242 @@
+"""A llama-server that needs no model: real HTTP over TCP or any stream, and every misfortune on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import h11
+
+from mesh.errors import MeshError
+from mesh.proxy.tcp import TcpStream
+from mesh.transport.lane import Stream
+
+KEY = "engine-key"
+LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+
+
+@dataclass
+class Seen:
+    """One request as it reached the engine."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+    cancelled: bool = False
+
+
+@dataclass
+class FakeEngine:
+    """Answers like llama-server, word by word.
+
+    Args:
+        words: what it generates.
+        step: when set, each word waits for one ``release()`` of it.
+        break_after: cut the connection after so many words of a stream, or before an answer that is not one (0).
+        end_after: end the stream in good order after so many words, but without its end mark.
+        loading: answer 503 as while the model is read.
+    """
+
+    words: list[str] = field(default_factory=lambda: ["one ", "two ", "three "])
+    step: asyncio.Semaphore | None = None
+    break_after: int | None = None
+    end_after: int | None = None
+    loading: bool = False
+    hang: bool = False
+    api_key: str = KEY
+    large_answer: int = 0
+    seen: list[Seen] = field(default_factory=list)
+    connections: int = 0
+    open_streams: set[Stream] = field(default_factory=set)
+    _server: asyncio.Server | None = None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def listen(self, port: int = 0) -> int:
+        """Serve on loopback; returns the port."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.attach(TcpStream(reader, writer))
+
+    def attach(self, stream: Stream) -> None:
+        """Serve one connection over ``stream``."""
+        task = asyncio.create_task(self._serve(stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def die(self) -> None:
+        """As by ``kill -9``: every connection is reset, nothing listens any more."""
+        if self._server is not None:
+            self._server.close()
+        for stream in list(self.open_streams):
+            stream.abort()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def drop_idle(self) -> None:
+        """Close every connection, as after the keep-alive time."""
+        for stream in list(self.open_streams):
+            stream.abort()
+
+    @property
+    def active(self) -> int:
+        return len(self.open_streams)
+
+    # -- one connection ----------------------------------------------------------------------------------------------
+
+    async def _serve(self, stream: Stream) -> None:
+        self.connections += 1
+        self.open_streams.add(stream)
+        connection = h11.Connection(h11.SERVER)
+        try:
+            while True:
+                seen = await self._read(connection, stream)
+                if seen is None:
+                    return
+                self.seen.append(seen)
+                await self._answer_or_cancel(connection, stream, seen)
+                if connection.our_state is not h11.DONE:
+                    return
+                connection.start_next_cycle()
+        except (MeshError, OSError, h11.ProtocolError):
+            pass
+        finally:
+            stream.abort()
+            self.open_streams.discard(stream)
+
+    async def _read(self, connection: h11.Connection, stream: Stream) -> Seen | None:
+        seen: Seen | None = None
+        body = bytearray()
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                connection.receive_data(await stream.read(65536))
+            elif isinstance(event, h11.Request):
+                headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
+                seen = Seen(event.method.decode(), event.target.decode(), headers, b"")
+            elif isinstance(event, h11.Data):
+                body += event.data
+            elif isinstance(event, h11.EndOfMessage):
+                assert seen is not None
+                seen.body = bytes(body)
+                return seen
+            else:
+                return None
+
+    async def _answer_or_cancel(self, connection: h11.Connection, stream: Stream, seen: Seen) -> None:
+        """Stop generating when the client hangs up, as llama-server does."""
+        answer = asyncio.create_task(self._answer(connection, stream, seen))
+        hangup = asyncio.create_task(_hangup(stream))
+        try:
+            await asyncio.wait([answer, hangup], return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                seen.cancelled = True
+                return
+            answer.result()
+            if hangup.done() and (early := hangup.result()):
+                connection.receive_data(early)  # the next request, already
+        finally:
+            for task in (answer, hangup):
+                task.cancel()
+            await asyncio.gather(answer, hangup, return_exceptions=True)
+
+    # -- one answer --------------------------------------------------------------------------------------------------
+
+    async def _answer(self, connection: h11.Connection, stream: Stream, seen: Seen) -> None:
+        if self.loading:
+            await _send_json(connection, stream, 503, LOADING)
+            return
+        if seen.headers.get("authorization") != f"Bearer {self.api_key}":
+            await _send_json(connection, stream, 401, {"error": {"message": "Invalid API Key", "code": 401}})
+            return
+        if self.hang:
+            await asyncio.Event().wait()
+        path = seen.target.partition("?")[0]
+        ask = json.loads(seen.body) if seen.body[:1] == b"{" else {}
+        if ask.get("bad"):
+            await _send_json(connection, stream, 400, {"error": {"message": "bad\nfield", "code": 400}})
+        elif ask.get("stream") is True:
+            await self._stream(connection, stream, path)
+        elif self.break_after == 0:
+            stream.abort()
+        elif path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
+            async for _ in self._generate():
+                pass
+            await _send_json(connection, stream, 200, {"choices": [{"text": "".join(self.words)}]})
+        elif path == "/large":
+            await _send_json(connection, stream, 200, {"large": "x" * self.large_answer})
+        else:
+            echo = {"path": seen.target, "method": seen.method, "size": len(seen.body)}
+            echo["sha256"] = hashlib.sha256(seen.body).hexdigest()
+            if self.large_answer:
+                echo["large"] = "x" * self.large_answer
+            await _send_json(connection, stream, 200, echo)
+
+    async def _generate(self) -> AsyncIterator[str]:
+        for word in self.words:
+            if self.step is not None:
+                await self.step.acquire()
+            yield word
+
+    async def _stream(self, connection: h11.Connection, stream: Stream, path: str) -> None:
+        headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), ("Server", "llama.cpp")]
+        head = connection.send(h11.Response(status_code=200, headers=headers))
+        sent = 0
+        async for word in self._generate():
+            if self.break_after == sent:
+                # Half an event, then nothing: the worst place to be cut.
+                if head is None:
+                    await stream.write(connection.send(h11.Data(data=b'data: {"choices":[{"te')) or b"")
+                stream.abort()
+                return
+            if self.end_after == sent:
+                break
+            data = connection.send(h11.Data(data=chunk(path, word))) or b""
+            await stream.write((head or b"") + data)
+            head = None
+            sent += 1
+        tail = b"" if self.end_after == sent else end(path)
+        await stream.write(
+            (head or b"") + (connection.send(h11.Data(data=tail)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
+        )
+
+
+def chunk(path: str, word: str) -> bytes:
+    """The event that carries ``word``."""
+    if path == "/v1/messages":
+        return b"event: content_block_delta\ndata: " + json.dumps({"delta": {"text": word}}).encode() + b"\n\n"
+    if path == "/completion":
+        return b"data: " + json.dumps({"content": word, "stop": False}, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps({"choices": [{"text": word}]}).encode() + b"\n\n"
+
+
+def end(path: str) -> bytes:
+    """What says that a stream is complete."""
+    if path == "/v1/messages":
+        return b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    if path == "/completion":
+        return b'data: {"content":"","stop":true}\n\n'
+    return b"data: [DONE]\n\n"
+
+
+async def _hangup(stream: Stream) -> bytes:
+    # These clients send nothing while they wait, so whatever comes means that they are gone.
+    try:
+        return await stream.read(1)
+    except (MeshError, OSError):
+        return b""
+
+
+async def _send_json(connection: h11.Connection, stream: Stream, status: int, value: object) -> None:
+    body = json.dumps(value).encode()
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Engine", "fake")]
+    head = connection.send(h11.Response(status_code=status, headers=headers)) or b""
+    await stream.write(head + (connection.send(h11.Data(data=body)) or b""))
+    await stream.write(connection.send(h11.EndOfMessage()) or b"")
