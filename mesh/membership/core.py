@@ -1,12 +1,12 @@
 """Who is alive: a failure detector of the SWIM family for small, fully linked meshes. Pure.
 
 Everyone probes everyone, but only after a silence, so traffic that flows anyway is probe enough. A silence that
-outlasts a probe makes a suspect, and up to three others are asked for it (SWIM, section 4.1). The verdict falls when the
-silence is longer than a stall of ``stall_allowance`` can explain: dead when nobody hears the suspect, cut off when
+outlasts a probe makes a suspect, and up to three others are asked for it (SWIM, section 4.1). The verdict falls when
+the silence is longer than a stall of ``stall_allowance`` can explain: dead when nobody hears the suspect, cut off when
 somebody does. A node that was late for its own timer slept itself, and holds that time against nobody.
 
-Each node judges by its own evidence. Rumours add what it cannot see: they vouch only for what the speaker heard directly
-and lately, so hearsay never feeds on itself and a dead node cannot be talked alive.
+Each node judges by its own evidence. Rumours add what it cannot see: they vouch only for what the speaker heard
+directly and lately, so hearsay never feeds on itself and a dead node cannot be talked alive.
 """
 
 from __future__ import annotations

@@ -1,0 +1,405 @@
+"""Who hosts: proposals, epochs, fencing. Pure.
+
+One node coordinates: see :func:`mesh.election.coordinate.rightful`. It has a layout planned and proposes it under a
+number higher than any it has seen; everyone follows only what is newer than what it follows. That alone keeps two
+layouts from mixing. Which of them survives when a parted mesh heals is the coordinator's to decide: a proposal from
+anybody else waits while the layout followed is well.
+
+Messages are lost only with the link that carries them, so after every ``LinkUp`` each side says again where it stands.
+"""
+
+from __future__ import annotations
+
+from mesh.election.claims import Claims
+from mesh.election.coordinate import Coordination, Timing, rightful, workers
+from mesh.election.events import (
+    Adopt,
+    Effect,
+    EngineFailed,
+    EngineListening,
+    EngineServing,
+    Event,
+    LinkUp,
+    NeedPlan,
+    Planned,
+    Received,
+    Remember,
+    Served,
+    Shutdown,
+    Status,
+    Tick,
+    Unserved,
+    ViewChanged,
+    WorkersReady,
+)
+from mesh.election.following import Engine, Following, Phase, departure
+from mesh.membership.events import Broadcast, Send
+from mesh.membership.view import View
+from mesh.wire.facts import NO_EPOCH, Epoch, NodeId
+from mesh.wire.messages import Accepted, Control, EngineDown, Propose, Rejected, Serving, WorkerReady
+
+FLAPS = frozenset({"crashed", "unreachable", "restarted"})
+"""Ways to go that, repeated, earn a hold-off. Who leaves on purpose may come and go."""
+
+
+class Election:
+    """One node's part in the election. ``handle(event, now)`` gives effects, to be carried out in order.
+
+    Args:
+        me: this node.
+        seen: the number last given to :class:`Remember`, 0 on a new disk. Older epochs are refused from the start.
+        jitter: 0 to 1, drawn once per node: spreads back-off.
+    """
+
+    def __init__(self, me: NodeId, *, seen: int = 0, jitter: float = 0.5, timing: Timing | None = None) -> None:
+        self._me = me
+        self._floor = seen
+        self._timing = timing or Timing()
+        self._following = Following(me)
+        self._claims = Claims()
+        self._coordination = Coordination(me, self._following, self._claims, self._timing, jitter, seen)
+        self._view: View | None = None
+        self._served: Served | None = None
+        self._stand_in = False
+        self._stand_in_at: float | None = None
+        self._stand_ins = 0
+        self._stable = False
+        self._stopped = False
+        self._led = False
+        self._now = 0.0
+        self._out: list[Effect] = []
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> Epoch:
+        return self._following.epoch
+
+    def may_carry(self, peer: NodeId, epoch: Epoch) -> bool:
+        """Fencing: whether ``peer`` hosts the epoch this node follows, and means that one."""
+        return peer == self._following.host and self._following.covers(epoch)
+
+    def status(self) -> Status:
+        """What to tell people."""
+        following, view = self._following, self._view
+        if view is None:
+            return Status("electing", following.epoch, "starting", None, {}, None)
+        phase = following.phase(view)
+        reason = following.propose.reason
+        if phase is Phase.ELECTING:
+            reason = following.broken(view) or "looking for other machines"
+        excluded = {**following.propose.excluded, **self._coordination.excluded}
+        if not self._leads(view):
+            excluded = dict(following.propose.excluded)
+        return Status(phase.value, following.epoch, reason, following.layout, excluded, rightful(view))
+
+    def next_timer(self) -> float | None:
+        """When to send :class:`Tick` at the latest."""
+        now = self._now
+        view = self._view
+        if view is None or self._stopped:
+            return None
+        times: list[float] = []
+        if self._leads(view):
+            times += self._coordination.timers(view, now)
+        else:
+            times += [at + wait for at, wait in [(self._claims.oldest_held(), self._timing.hold)] if at is not None]
+            times += [] if self._stand_in_at is None else [self._stand_in_at]
+        if self._following.served_at is not None and not self._stable:
+            times.append(self._following.served_at + self._timing.stable)
+        return min(times, default=None)
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        if self._stopped:
+            return []
+        self._now = now
+        self._out = []
+        match event:
+            case ViewChanged(view):
+                self._view_changed(view, now)
+            case LinkUp(peer):
+                self._tell(peer)
+            case Received(peer, message):
+                self._received(peer, message, now)
+            case Planned():
+                if self._view is not None and self._leads(self._view):
+                    self._decide(self._coordination.planned(event, self._view, now), now)
+            case EngineListening(epoch):
+                self._engine_listening(epoch)
+            case EngineServing(epoch, api_key):
+                self._engine_serving(epoch, api_key)
+            case EngineFailed(epoch, reason):
+                self._engine_failed(epoch, reason, now)
+            case Shutdown():
+                self._stopped = True
+                self._show_served("this machine is shutting down")
+                return self._out
+            case Tick():
+                pass
+        self._review(now)
+        return self._out
+
+    def _view_changed(self, view: View, now: float) -> None:
+        old, self._view = self._view, view
+        self._following.note_boots(view)
+        self._claims.prune(view)
+        if old is not None:
+            for facts in workers(view):
+                if facts.id not in old:
+                    self._coordination.note_cause(f"{facts.name} joined")
+            for gone in view.departed:
+                if gone.facts.id not in old:
+                    continue
+                if gone.facts.role == "worker":
+                    self._coordination.note_cause(departure(view, gone.facts.id))
+                if gone.reason in FLAPS:
+                    self._coordination.holds.strike(gone.facts.id, f"{gone.facts.name} keeps going away", now)
+
+    def _tell(self, peer: NodeId) -> None:
+        """Say where we stand; what an earlier link carried may be lost."""
+        following = self._following
+        if following.epoch == NO_EPOCH:
+            return
+        self._out.append(Send(peer, following.propose))
+        if following.api_key is not None and following.host == self._me:
+            self._out.append(Send(peer, Serving(following.epoch, following.api_key)))
+        if following.engine is Engine.LISTENING and following.host == peer:
+            self._out.append(Send(peer, WorkerReady(following.epoch)))
+        if following.engine is Engine.DOWN:
+            self._out.append(Send(peer, EngineDown(following.epoch, following.downs.get(self._me, "")[:1024])))
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _received(self, sender: NodeId, message: Control, now: float) -> None:
+        if self._view is None or sender not in self._view:
+            return
+        match message:
+            case Propose():
+                self._proposed(sender, message, self._view, now)
+            case Accepted(epoch):
+                if epoch == self._following.epoch:
+                    self._coordination.accepted.add(sender)
+            case Rejected(epoch, newest):
+                self._rejected(sender, epoch, newest)
+            case Serving():
+                self._serving(sender, message)
+            case WorkerReady(epoch):
+                self._claims.ready[sender] = epoch
+                self._check_ready()
+            case EngineDown(epoch, reason):
+                if self._following.covers(epoch):
+                    self._ring_member_down(sender, reason, now)
+            case _:
+                pass
+
+    def _is_newer(self, epoch: Epoch) -> bool:
+        return epoch > self._following.epoch and epoch.number >= self._floor
+
+    def _proposed(self, sender: NodeId, propose: Propose, view: View, now: float) -> None:
+        following = self._following
+        self._coordination.seen = max(self._coordination.seen, propose.epoch.number)
+        if propose.epoch == following.epoch:
+            self._out.append(Send(sender, Accepted(propose.epoch)))
+        elif not self._is_newer(propose.epoch):
+            self._out.append(Send(sender, Rejected(propose.epoch, max(following.epoch, Epoch(self._floor, "")))))
+            if following.epoch != NO_EPOCH:
+                self._out.append(Send(sender, following.propose))
+            self._claims.follows[sender] = propose
+            if self._leads(view) and not following.is_intact(view):
+                self._coordination.gather(now)
+        elif self._may_follow(sender, propose, view):
+            self._out.append(Send(sender, Accepted(propose.epoch)))
+            self._adopt(propose, now)
+        elif self._claims.hold(sender, propose, now):
+            # The sender may not know what runs here, and could let it go on under a newer number.
+            self._out.append(Send(sender, following.propose))
+            if self._leads(view):
+                self._coordination.gather(now)
+
+    def _may_follow(self, sender: NodeId, propose: Propose, view: View) -> bool:
+        """Whether something newer is followed at once, or the coordinator is to decide first."""
+        following, leader = self._following, rightful(view)
+        if not following.is_intact(view):
+            return True
+        if propose.layout is None or following.layout is None:
+            return False
+        if propose.layout.shape() == following.layout.shape():
+            return True
+        author = propose.epoch.coordinator
+        if leader == self._me:
+            # Two who both think they lead: the lower id has its way, whatever each knows of cuts.
+            return author < self._me and any(facts.id == author for facts in workers(view))
+        return leader in (sender, author)
+
+    def _rejected(self, sender: NodeId, epoch: Epoch, newest: Epoch) -> None:
+        coordination = self._coordination
+        is_news = newest.number > coordination.seen
+        coordination.seen = max(coordination.seen, newest.number)
+        leader = rightful(self._view) if self._view is not None else None
+        if is_news and leader is not None and leader not in (self._me, sender):
+            self._out.append(Send(leader, Rejected(epoch, newest)))
+
+    def _serving(self, sender: NodeId, message: Serving) -> None:
+        self._claims.servings[sender] = message
+        self._check_serving()
+
+    def _check_serving(self) -> None:
+        following = self._following
+        if following.host is None or following.host == self._me or following.downs:
+            return
+        serving = self._claims.servings.get(following.host)
+        if serving is not None and following.covers(serving.epoch):
+            following.api_key = serving.api_key
+
+    def _check_ready(self) -> None:
+        following = self._following
+        if following.layout is None or following.host != self._me or following.ready_told:
+            return
+        ready = {node for node, epoch in self._claims.ready.items() if following.covers(epoch)}
+        if all(share.id in ready for share in following.layout.workers):
+            following.ready_told = True
+            self._out.append(WorkersReady(following.epoch))
+
+    # -- the local engine ----------------------------------------------------------------------------------------------
+
+    def _engine_listening(self, epoch: Epoch) -> None:
+        following = self._following
+        if following.covers(epoch) and following.engine is Engine.IDLE:
+            following.engine = Engine.LISTENING
+            if following.host is not None and following.host != self._me:
+                self._out.append(Send(following.host, WorkerReady(following.epoch)))
+
+    def _engine_serving(self, epoch: Epoch, api_key: str) -> None:
+        following = self._following
+        if following.covers(epoch) and following.host == self._me and following.engine is not Engine.DOWN:
+            following.api_key = api_key
+            self._out.append(Broadcast(Serving(following.epoch, api_key)))
+
+    def _engine_failed(self, epoch: Epoch, reason: str, now: float) -> None:
+        following = self._following
+        if following.covers(epoch) and following.engine is not Engine.DOWN:
+            following.engine = Engine.DOWN
+            self._out.append(Broadcast(EngineDown(following.epoch, reason[:1024])))
+            self._ring_member_down(self._me, reason, now)
+
+    def _ring_member_down(self, node: NodeId, reason: str, now: float) -> None:
+        following = self._following
+        if following.layout is None or node in following.downs:
+            return
+        share = next((share for share in following.layout.ring if share.id == node), None)
+        if share is None:
+            return
+        # The host's engine dies of its workers' deaths: it is to blame only when nobody else is.
+        if not following.downs and self._view is not None and not following.lost(self._view):
+            self._coordination.holds.strike(node, f"engine on {share.name}: {reason}", now)
+        following.downs[node] = f"engine on {share.name}: {reason}"
+        following.api_key = None
+        self._coordination.failed(now)
+
+    # -- deciding ------------------------------------------------------------------------------------------------------
+
+    def _decide(self, decision: NeedPlan | Propose | None, now: float) -> None:
+        if isinstance(decision, NeedPlan):
+            self._out.append(decision)
+        elif isinstance(decision, Propose):
+            self._adopt(decision, now)
+            self._out.append(Broadcast(decision))
+            self._coordination.expect_acceptance(now)
+
+    def _adopt(self, propose: Propose, now: float) -> None:
+        following, coordination = self._following, self._coordination
+        coordination.seen = max(coordination.seen, propose.epoch.number)
+        was = following.epoch.number
+        lifted = following.adopt(propose, now)
+        if self._view is not None:
+            following.note_boots(self._view)
+        self._claims.settle(propose.epoch)
+        self._stand_in, self._stand_in_at = False, None
+        if propose.epoch.number > max(was, self._floor):
+            self._out.append(Remember(propose.epoch.number))
+        self._out.append(Adopt(propose.epoch, propose.layout, propose.reason, propose.lifts if lifted else NO_EPOCH))
+        if lifted and following.host == self._me and following.api_key is not None:
+            self._out.append(Broadcast(Serving(propose.epoch, following.api_key)))
+        if lifted and following.engine is Engine.DOWN:
+            self._out.append(Broadcast(EngineDown(propose.epoch, following.downs.get(self._me, "")[:1024])))
+        self._check_serving()
+        self._check_ready()
+
+    def _leads(self, view: View) -> bool:
+        return self._stand_in or rightful(view) == self._me
+
+    def _review(self, now: float) -> None:
+        """After every event: what follows from where we stand now."""
+        view, following, coordination = self._view, self._following, self._coordination
+        if view is None:
+            return
+        leads = self._leads(view)
+        if leads and not self._led and following.phase(view) is Phase.STARTING:
+            # The last coordinator may have died half way through telling.
+            self._out.append(Broadcast(following.propose))
+            coordination.expect_acceptance(now)
+        self._led = leads
+        if leads:
+            self._stand_in_at = None
+            self._decide(coordination.review(view, now), now)
+        else:
+            coordination.stand_down()
+            self._follow_for_want_of_better(view, now)
+            self._consider_standing_in(view, now)
+        phase = following.phase(view)
+        if phase is Phase.SERVING:
+            self._note_stability(now)
+        else:
+            following.served_at, self._stable = None, False
+        self._show_served(following.broken(view) or following.propose.reason)
+
+    def _follow_for_want_of_better(self, view: View, now: float) -> None:
+        oldest = self._claims.oldest_held()
+        newest = self._claims.newest_held()
+        if oldest is None or newest is None:
+            return
+        if now >= oldest + self._timing.hold or not self._following.is_intact(view):
+            sender, propose = newest
+            self._claims.held.clear()
+            if self._is_newer(propose.epoch):
+                self._out.append(Send(sender, Accepted(propose.epoch)))
+                self._adopt(propose, now)
+
+    def _consider_standing_in(self, view: View, now: float) -> None:
+        """The coordinator may be wrong about its duty, or we about the coordinator: nobody waits for ever."""
+        able = [facts.id for facts in workers(view)]
+        if self._me not in able or self._following.phase(view) is not Phase.ELECTING:
+            self._stand_in_at = None
+            return
+        if self._stand_in_at is None:
+            wait = self._timing.patience * (1 + able.index(self._me)) * 2.0 ** min(self._stand_ins, 5)
+            self._stand_in_at = max(now, self._coordination.retry_at) + wait
+        elif now >= self._stand_in_at:
+            self._stand_in, self._stand_in_at = True, None
+            self._stand_ins += 1
+            self._decide(self._coordination.review(view, now), now)
+
+    def _note_stability(self, now: float) -> None:
+        following = self._following
+        if following.served_at is None:
+            following.served_at = now
+        elif not self._stable and now >= following.served_at + self._timing.stable:
+            self._stable, self._stand_ins = True, 0
+            self._coordination.backoff.forget()
+
+    def _show_served(self, reason: str) -> None:
+        following = self._following
+        serves = (
+            not self._stopped
+            and self._view is not None
+            and following.host is not None
+            and following.api_key is not None
+            and following.phase(self._view) is Phase.SERVING
+        )
+        now_served = Served(following.epoch, following.host, following.api_key) if serves else None  # type: ignore[arg-type]
+        if now_served == self._served:
+            return
+        self._served = now_served
+        self._out.append(Unserved(reason) if now_served is None else now_served)
