@@ -14,6 +14,7 @@ from mesh.wire.messages import OpenRpc
 
 SECRET_BYTES = 32
 SECRET_WITHIN_S = 5.0
+OPEN_WITHIN_S = 15.0
 MAX_STRANGERS = 16
 """Local connections that have not shown the secret yet; more are closed at once."""
 
@@ -115,13 +116,20 @@ class HostTunnels:
         try:
             if epoch != self._epoch or not await self._is_ours(local):
                 return
-            stream = await self._open_bulk(worker, OpenRpc(epoch))
+            stream = await self._open(epoch, worker)
             traffic = self._traffic[worker]
             traffic.connections += 1
             await pump(local, stream, traffic)
         except MeshError as error:
             if epoch == self._epoch:
                 self.on_failure(epoch, worker, error.message)
+
+    async def _open(self, epoch: Epoch, worker: NodeId) -> Stream:
+        try:
+            async with asyncio.timeout(OPEN_WITHIN_S):
+                return await self._open_bulk(worker, OpenRpc(epoch))
+        except TimeoutError as error:
+            raise TransportError(f"no answer within {OPEN_WITHIN_S:.0f} s") from error
 
     async def _is_ours(self, local: LocalEnd) -> bool:
         if self._strangers >= MAX_STRANGERS:
