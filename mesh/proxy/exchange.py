@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 from mesh.proxy.budget import Budget, Share
@@ -55,6 +56,9 @@ class Hub(Protocol):
     def budget(self) -> Budget: ...
     def tell(self, event: RequestEvent) -> None: ...
     def upstream_of(self, order: Dispatch) -> Upstream | None: ...
+
+
+_Say = Callable[[], Awaitable[None]]
 
 
 class _Sign(Enum):
@@ -145,13 +149,17 @@ class Exchange:
         if upstream is None:
             raise UpstreamLost(Loss.UNREACHED, "the layout is gone")
         ask = self.ask
+        # The connection is free again before the client hears the end, so that its next request finds it.
         async with await upstream.ask(ask.method, ask.target, ask.headers, ask.body) as answer:
             if _content_type(answer).startswith(b"text/event-stream"):
-                await self._pass_events(order, answer)
+                say_last = await self._pass_events(order, answer)
             else:
-                await self._pass_whole(order, answer)
+                say_last = await self._pass_whole(order, answer)
+        self._hub.tell(Completed(self.id, order.attempt))
+        await say_last()
+        self._mail.put_nowait(_Sign.DELIVERED)
 
-    async def _pass_events(self, order: Dispatch, answer: Answer) -> None:
+    async def _pass_events(self, order: Dispatch, answer: Answer) -> _Say:
         transcript = Transcript()
         began = False
         async with aclosing(answer.parts()) as parts:
@@ -166,9 +174,9 @@ class Exchange:
                 await self._reply.write(whole)
         if not self.ask.dialect.is_end(transcript.last):
             raise UpstreamLost(Loss.BROKEN, "the engine ended the stream before the answer was whole")
-        await self._deliver(order, self._reply.end(transcript.finish()))
+        return partial(self._reply.end, transcript.finish())
 
-    async def _pass_whole(self, order: Dispatch, answer: Answer) -> None:
+    async def _pass_whole(self, order: Dispatch, answer: Answer) -> _Say:
         """Nothing is sent until all is here, so the loss of the engine can be made good; unless it is too much."""
         held: list[bytes] = []
         with Share(self._hub.budget) as share:
@@ -176,25 +184,19 @@ class Exchange:
                 async for part in parts:
                     held.append(part)
                     if share.size + len(part) > MAX_BUFFERED_ANSWER or not share.take(len(part)):
-                        await self._pass_bytes(order, answer, b"".join(held), parts)
-                        return
+                        return await self._pass_bytes(order, answer, b"".join(held), parts)
             body = b"".join(held)
             if answer.status == 503 and len(body) < _MAX_LOADING_BODY and b"oading model" in body:
                 raise UpstreamLost(Loss.LOADING, "the engine is loading the model")
-            await self._deliver(order, self._reply.whole(answer.status, answer.headers, body))
+            return partial(self._reply.whole, answer.status, answer.headers, body)
 
-    async def _pass_bytes(self, order: Dispatch, answer: Answer, first: bytes, parts: AsyncIterator[bytes]) -> None:
+    async def _pass_bytes(self, order: Dispatch, answer: Answer, first: bytes, parts: AsyncIterator[bytes]) -> _Say:
         self._hub.tell(Began(self.id, order.attempt))
         await self._reply.begin_bytes(answer.status, answer.headers)
         await self._reply.write(first)
         async for part in parts:
             await self._reply.write(part)
-        await self._deliver(order, self._reply.end())
-
-    async def _deliver(self, order: Dispatch, last: Awaitable[None]) -> None:
-        self._hub.tell(Completed(self.id, order.attempt))
-        await last
-        self._mail.put_nowait(_Sign.DELIVERED)
+        return self._reply.end
 
 
 def _content_type(answer: Answer) -> bytes:

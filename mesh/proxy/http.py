@@ -19,11 +19,10 @@ from mesh.proxy.exchange import Ask
 from mesh.proxy.failure import Failure
 from mesh.proxy.ingress import Proxy
 from mesh.proxy.pages import FRONT_PAGE, health, model_list
-from mesh.proxy.reply import Reply, without
+from mesh.proxy.reply import STALL_S, Reply, without
 
 MAX_BODY = 64 << 20
 """Bytes of one request; images and audio travel inside."""
-UPLOAD_STALL_S = 60.0
 _PARSE_ASIDE_BYTES = 1 << 20
 
 # What llama-server answers outside /v1. Its tools, its proxy and its web interface are not for other machines.
@@ -99,6 +98,7 @@ def create_app(
     api_keys: Sequence[str] = (),
     allowed_hosts: Sequence[str] = (),
     max_body: int = MAX_BODY,
+    stall_s: float = STALL_S,
 ) -> ASGIApp:
     """The ASGI application of a node.
 
@@ -107,8 +107,10 @@ def create_app(
         control_token: opens ``POST /mesh/control/NAME``; empty: nothing does.
         api_keys: when there are any, every call of the API needs one.
         allowed_hosts: names (not addresses) that clients may reach this node by, besides localhost.
+        max_body: bytes of one request.
+        stall_s: how long a client may take nothing of its answer, or send nothing of its request.
     """
-    return _Api(proxy, status, control, control_token, tuple(api_keys), tuple(allowed_hosts), max_body)
+    return _Api(proxy, status, control, control_token, tuple(api_keys), tuple(allowed_hosts), max_body, stall_s)
 
 
 class _Api:
@@ -121,6 +123,7 @@ class _Api:
         api_keys: tuple[str, ...],
         allowed_hosts: tuple[str, ...],
         max_body: int,
+        stall_s: float,
     ) -> None:
         self._proxy = proxy
         self._status = status
@@ -129,12 +132,13 @@ class _Api:
         self._api_keys = api_keys
         self._allowed_hosts = allowed_hosts
         self._max_body = max_body
+        self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         path: str = scope["path"]
-        reply = Reply(send, Dialect.of(path))
+        reply = Reply(send, Dialect.of(path), stall_s=self._stall_s)
         refused = guard.check_host(scope["headers"], self._allowed_hosts)
         if refused is not None:
             await reply.fail(refused)
@@ -202,7 +206,7 @@ class _Api:
             await _say(reply, *refusal(error))
             return
         with Share(self._proxy.budget) as share:
-            body = await _read_body(scope, receive, share, MAX_CONTROL_BODY)
+            body = await _read_body(scope, receive, share, MAX_CONTROL_BODY, self._stall_s)
             if isinstance(body, bytes):
                 await _say(reply, *await answer_control(self._control, name, body))
             elif body is not None:
@@ -215,7 +219,7 @@ class _Api:
             await reply.fail(failure.not_found(scope["method"], path))
             return
         with Share(self._proxy.budget) as share:
-            body = await _read_body(scope, receive, share, self._max_body)
+            body = await _read_body(scope, receive, share, self._max_body, self._stall_s)
             if isinstance(body, bytes):
                 await self._proxy.carry(await _ask(path, scope, body), reply, lambda: _gone(receive))
             elif body is not None:
@@ -261,7 +265,9 @@ def _wish(body: bytes) -> _Wish:
         return _Wish()
 
 
-async def _read_body(scope: Scope, receive: Receive, share: Share, limit: int) -> bytes | Failure | None:
+async def _read_body(
+    scope: Scope, receive: Receive, share: Share, limit: int, stall_s: float
+) -> bytes | Failure | None:
     """The whole body; or why it is not taken; or None when the client went away in the middle of it."""
     declared = guard.header(scope["headers"], b"content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit:
@@ -270,10 +276,10 @@ async def _read_body(scope: Scope, receive: Receive, share: Share, limit: int) -
     size = 0
     while True:
         try:
-            async with asyncio.timeout(UPLOAD_STALL_S):
+            async with asyncio.timeout(stall_s):
                 message = await receive()
         except TimeoutError:
-            return failure.body_too_slow(UPLOAD_STALL_S)
+            return failure.body_too_slow(stall_s)
         if message["type"] == "http.disconnect":
             return None
         piece: bytes = message.get("body", b"")

@@ -131,7 +131,7 @@ class Proxy:
             if not self._exchanges:
                 self._empty.set()
 
-    async def peek(self, target: bytes, within_s: float = 2.0) -> tuple[int, Headers, bytes] | None:
+    async def peek(self, target: bytes, within_s: float = 1.0) -> tuple[int, Headers, bytes] | None:
         """What the engine says to a GET, apart from all queues; None when there is none or it does not say it soon."""
         upstream = self._upstream
         if upstream is None:

@@ -14,7 +14,7 @@ from mesh.proxy.failure import Failure
 from mesh.proxy.upstream import Headers
 
 STALL_S = 60.0
-"""A client that takes nothing for this long is gone: it would keep a slot of the engine from the others."""
+"""A client that moves nothing for this long is gone: it would keep a slot of the engine from the others."""
 _PIECE_BYTES = 256 << 10
 
 # Connection-wide headers end with their connection. No CORS: pages of other origins are not to read answers. The
@@ -56,7 +56,7 @@ class _Said(Enum):
 class Reply:
     """Says each thing once, in the only form that is still possible."""
 
-    def __init__(self, send: Send, dialect: Dialect, *, stall_s: float = STALL_S) -> None:
+    def __init__(self, send: Send, dialect: Dialect, *, stall_s: float) -> None:
         self._send = send
         self._dialect = dialect
         self._stall_s = stall_s

@@ -139,6 +139,8 @@ class FakeEngine:
             if not answer.done():
                 seen.cancelled = True
                 return
+            if answer.exception() is not None:
+                seen.cancelled = True
             answer.result()
             if hangup.done() and (early := hangup.result()):
                 connection.receive_data(early)  # the next request, already
