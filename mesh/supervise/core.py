@@ -11,6 +11,7 @@ epoch they belong to, so what arrives late from an engine that was replaced is d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -260,6 +261,7 @@ class EngineCore:
         self._layout: Layout | None = None
         self._next: Adopt | None = None
         """What starts once everything older is gone."""
+        self._endpoints: tuple[str, ...] = ()
         self._ready: dict[NodeId, Epoch] = {}
         self._deadline: float | None = None
         self._ready_again: float | None = None
@@ -302,7 +304,7 @@ class EngineCore:
     def _begin(self, event: Adopt, now: float) -> list[Effect]:
         if event.epoch <= self._epoch:
             return []
-        self._epoch, self._layout = event.epoch, event.layout
+        self._epoch, self._layout, self._endpoints = event.epoch, event.layout, ()
         self._enter(State.IDLE)
         layout = event.layout
         if layout is None:
@@ -356,6 +358,7 @@ class EngineCore:
 
     def _launch(self, endpoints: tuple[str, ...], now: float) -> list[Effect]:
         assert self._layout is not None
+        self._endpoints = endpoints
         self._enter(State.LAUNCHING, now + self._limits.launch_s)
         return [StartLlamaServer(self._epoch, self._layout, endpoints)]
 
@@ -394,7 +397,12 @@ class EngineCore:
         return []
 
     def _exited(self, event: ProcessExited, now: float) -> list[Effect]:
-        return self._fail(exit_reason(event.kind, event.code, event.tail), now)
+        reason = exit_reason(event.kind, event.code, event.tail)
+        if event.kind is ProcessKind.SERVER and self._layout is not None:
+            # The engine knows workers by their tunnels, people by their names.
+            for endpoint, worker in zip(self._endpoints, self._layout.workers, strict=False):
+                reason = re.sub(rf"{re.escape(endpoint)}\b", worker.name.replace("\\", "/"), reason)
+        return self._fail(reason, now)
 
     def _failed(self, event: EngineFailed, now: float) -> list[Effect]:
         return self._fail(event.reason, now)

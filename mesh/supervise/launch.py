@@ -70,7 +70,7 @@ class Launcher(Protocol):
         ...
 
 
-_NOT_INHERITED = ("LLAMA_", "MESH_", "AIP_")
+_NOT_INHERITED = ("LLAMA_", "MESH_", "AIP_", "GGML_RPC")
 """Prefixes of variables that would quietly change what llama-server does, or that are not the engine's to know."""
 
 

@@ -28,6 +28,8 @@ _NTSTATUS = {
     0xC0000409: "aborted",
 }
 _TELLING = re.compile(r"\b(error|failed|fail|abort|assert|cannot|couldn't|unable|out of memory|refused|denied)\b", re.I)
+_MARKED = {"mesh-rpc-lost": "lost", "mesh-refused": "refused by"}
+"""Words that start a line of the patched engine which names an RPC server, and how they read."""
 MAX_REASON = 900
 """Characters; an ``EngineDown`` message carries 1024."""
 
@@ -44,8 +46,16 @@ def ending(code: int) -> str:
 
 
 def telling_line(tail: Sequence[str]) -> str:
-    """The line of ``tail`` most likely to say why: the last that names a failure, else the last that says anything."""
+    """What of ``tail`` is most likely to say why.
+
+    The engine's own word on a lost or refusing server, else the last line that names a failure, else the last at all.
+    """
     spoken = [line.strip() for line in tail if line.strip()]
+    marked = [line for line in spoken if line.partition(" ")[0] in _MARKED]
+    if marked:
+        mark, _, rest = marked[0].partition(" ")
+        server, _, why = rest.partition(" ")
+        return f"{_MARKED[mark]} {server}: {why}"
     accusing = [line for line in spoken if _TELLING.search(line)]
     return (accusing or spoken or [""])[-1]
 

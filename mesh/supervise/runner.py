@@ -79,10 +79,10 @@ class RpcEndpoint:
     secret: bytes
 
 
-RpcCommand = Callable[[Layout, int], Command]
-"""``(layout, port)`` to what starts this node's rpc-server."""
-ServerCommand = Callable[[Layout, int, Sequence[str], str], Command]
-"""``(layout, port, tunnel endpoints in ring order, API key)`` to what starts llama-server."""
+RpcCommand = Callable[[Layout, int, bytes], Command]
+"""``(layout, port, secret)`` to what starts this node's rpc-server."""
+ServerCommand = Callable[[Layout, int, Sequence[str], bytes, str], Command]
+"""``(layout, port, tunnel endpoints in ring order, secret, API key)`` to what starts llama-server."""
 Outgoing = WorkerReady | Serving | EngineDown | LoadProgress
 
 
@@ -91,7 +91,7 @@ class _Keys:
     """The secrets of one epoch. They never leave memory but for the child's environment."""
 
     epoch: Epoch
-    rpc: str
+    rpc: bytes
     api: str
 
 
@@ -101,13 +101,13 @@ class EngineRunner:
     Args:
         me: this node.
         state_dir: where ``engine-processes.json`` and ``logs/`` live.
-        rpc_command, server_command: what to start; the secrets are added to the command's environment here.
+        rpc_command, server_command: what to start, secrets included (in ``env``, where no process list shows them).
         tunnels: the host's listeners; its ``on_failure`` is set here.
         worker_side: this node's end of a host's tunnels; its ``on_connected`` is set here.
         tell_host: send to the host of the epoch.
         announce: send to all members (:class:`Serving`, :class:`EngineDown`, :class:`LoadProgress`) and handle here
             as if received.
-        make_secret: 32 random bytes in hex, anew for each epoch and use.
+        make_secret: 32 random bytes, anew for each epoch and use.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class EngineRunner:
         worker_side: WorkerSide | None = None,
         launcher: Launcher | None = None,
         deadlines: Deadlines | None = None,
-        make_secret: Callable[[], str] = lambda: secrets.token_hex(32),
+        make_secret: Callable[[], bytes] = lambda: secrets.token_bytes(32),
         probe: Callable[[int, str], Awaitable[None]] = first_token,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -152,7 +152,7 @@ class EngineRunner:
         self._launches: set[asyncio.Task[Child]] = set()
         self._children: list[Child] = []
         self._stopping: asyncio.Task[None] | None = None
-        self._keys = _Keys(NO_EPOCH, "", "")
+        self._keys = _Keys(NO_EPOCH, b"", "")
         self._ports: dict[ProcessKind, int] = {}
 
         tunnels.on_failure = lambda epoch, worker, reason: self.post(TunnelFailed(epoch, worker, reason))
@@ -179,7 +179,7 @@ class EngineRunner:
         port = self._ports.get(ProcessKind.RPC)
         if port is None or epoch != self._core.epoch or self._core.state is not State.WORKING:
             return None
-        return RpcEndpoint(port, bytes.fromhex(self._keys.rpc))
+        return RpcEndpoint(port, self._keys.rpc)
 
     def http_port(self, epoch: Epoch) -> int | None:
         """The port of our llama-server, once it serves ``epoch``."""
@@ -285,30 +285,28 @@ class EngineRunner:
 
     async def _start_rpc_server(self, epoch: Epoch, layout: Layout) -> None:
         secret = self._keys_of(epoch).rpc
-        await self._run(epoch, ProcessKind.RPC, lambda port: self._rpc_command(layout, port), {
-            "MESH_RPC_SECRET": secret,
-        })  # fmt: skip
+        await self._run(epoch, ProcessKind.RPC, lambda port: self._rpc_command(layout, port, secret))
 
     async def _open_tunnels(self, epoch: Epoch, workers: tuple[NodeId, ...]) -> None:
-        endpoints = await self._tunnels.open(epoch, workers, bytes.fromhex(self._keys_of(epoch).rpc))
+        endpoints = await self._tunnels.open(epoch, workers, self._keys_of(epoch).rpc)
         self.post(TunnelsOpen(epoch, tuple(endpoints)))
 
     async def _start_llama_server(self, epoch: Epoch, layout: Layout, endpoints: tuple[str, ...]) -> None:
         keys = self._keys_of(epoch)
-        command = lambda port: self._server_command(layout, port, endpoints, keys.api)  # noqa: E731
-        secret = {"MESH_RPC_SECRET": keys.rpc} if endpoints else {}
-        await self._run(epoch, ProcessKind.SERVER, command, {"LLAMA_API_KEY": keys.api, **secret})
+        await self._run(
+            epoch,
+            ProcessKind.SERVER,
+            lambda port: self._server_command(layout, port, endpoints, keys.rpc, keys.api),
+        )
 
     async def _probe_token(self, epoch: Epoch) -> None:
         await self._probe(self._ports[ProcessKind.SERVER], self._keys_of(epoch).api)
         self.post(Answered(epoch))
 
-    async def _run(
-        self, epoch: Epoch, kind: ProcessKind, command: Callable[[int], Command], secret: Mapping[str, str]
-    ) -> None:
+    async def _run(self, epoch: Epoch, kind: ProcessKind, command: Callable[[int], Command]) -> None:
         """Start a process, say that it listens, and stay until it ends."""
         try:
-            child, port = await start_on_free_port(lambda port: self._launch(epoch, kind, command(port), secret))
+            child, port = await start_on_free_port(lambda port: self._launch(epoch, kind, command(port)))
         except EarlyExitError as early:
             self.post(ProcessExited(epoch, kind, early.code, early.tail))
             return
@@ -317,11 +315,11 @@ class EngineRunner:
         code = await child.wait()
         self.post(ProcessExited(epoch, kind, code, child.tail))
 
-    async def _launch(self, epoch: Epoch, kind: ProcessKind, command: Command, secret: Mapping[str, str]) -> Child:
+    async def _launch(self, epoch: Epoch, kind: ProcessKind, command: Command) -> Child:
         assert self._launcher is not None, "start() comes first"
         self._logs[kind].write(f"--- epoch {epoch.number} at {self._clock.wall():.0f}\n".encode())
         output = Output(self._logs[kind], lambda done, total: self.post(LoadSeen(epoch, done, total)))
-        environment = child_environment(self._environment, {**command.env, **secret})
+        environment = child_environment(self._environment, command.env)
         # Never half-started: a step that is cancelled here leaves the launch to finish, and the stop that cancelled
         # it waits for that and ends the child.
         launch = asyncio.ensure_future(
@@ -345,7 +343,7 @@ class EngineRunner:
 
     def _keys_of(self, epoch: Epoch) -> _Keys:
         if self._keys.epoch != epoch:
-            self._keys = _Keys(epoch, rpc=self._make_secret(), api=self._make_secret())
+            self._keys = _Keys(epoch, rpc=self._make_secret(), api=self._make_secret().hex())
         return self._keys
 
     # -- the stop: never cancelled -----------------------------------------------------------------------------------
@@ -368,7 +366,7 @@ class EngineRunner:
             await asyncio.sleep(0)  # their done callbacks put the children on the list
         self._kill_children()
         await asyncio.gather(*(child.wait() for child in [*self._children]))
-        self._keys = _Keys(NO_EPOCH, "", "")
+        self._keys = _Keys(NO_EPOCH, b"", "")
         self.post(Stopped())
 
     def _kill_children(self) -> None:

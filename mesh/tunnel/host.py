@@ -117,12 +117,22 @@ class HostTunnels:
             if epoch != self._epoch or not await self._is_ours(local):
                 return
             stream = await self._open(epoch, worker)
-            traffic = self._traffic[worker]
-            traffic.connections += 1
-            await pump(local, stream, traffic)
         except MeshError as error:
-            if epoch == self._epoch:
-                self.on_failure(epoch, worker, error.message)
+            self._failed(epoch, worker, error)
+            return
+        traffic = self._traffic[worker]
+        traffic.connections += 1
+        number = traffic.connections
+        try:
+            await pump(local, stream, traffic, outlives_peer=False)
+        except TransportError as error:
+            # An rpc-server drops a connection when our engine has made another: only the newest one's end is a loss.
+            if number == traffic.connections:
+                self._failed(epoch, worker, error)
+
+    def _failed(self, epoch: Epoch, worker: NodeId, error: MeshError) -> None:
+        if epoch == self._epoch:
+            self.on_failure(epoch, worker, error.message)
 
     async def _open(self, epoch: Epoch, worker: NodeId) -> Stream:
         try:

@@ -182,13 +182,17 @@ class LocalEnd(asyncio.BufferedProtocol):
             self._transport.abort()
 
 
-async def pump(local: LocalEnd, stream: Stream, traffic: Traffic) -> None:
+async def pump(local: LocalEnd, stream: Stream, traffic: Traffic, *, outlives_peer: bool = True) -> None:
     """Carry bytes both ways until both directions have ended, then close both sides.
 
     When the local side breaks, the stream is reset and the call returns: the other end learns it there.
 
+    Args:
+        outlives_peer: the local side may go on sending once the other has ended its half. Not so where the other is a
+            server that never ends first: there its end is its death.
+
     Raises:
-        TransportError: the stream broke; the local socket is closed by then.
+        TransportError: the stream broke, or ended when it must not; the local socket is closed by then.
     """
     up = asyncio.ensure_future(_carry_up(local, stream, traffic))
     down = asyncio.ensure_future(_carry_down(local, stream, traffic))
@@ -200,6 +204,8 @@ async def pump(local: LocalEnd, stream: Stream, traffic: Traffic) -> None:
             for direction in done & waited_for:
                 direction.result()
             waited_for = rest & waited_for
+            if not outlives_peer and down in done and up in waited_for:
+                raise TransportError("the other end closed the connection")
         clean = not waited_for
     except (ConnectionError, OSError):
         pass  # the local side; reset below

@@ -46,14 +46,18 @@ if __name__ != "__main__":
         argv: Sequence[str]
         env: Mapping[str, str] = field(default_factory=dict)
 
-    def stand_in(*arguments: object) -> StandIn:
-        return StandIn((sys.executable, "-I", "-S", __file__, *map(str, arguments)))
+    def stand_in(*arguments: object, **env: str) -> StandIn:
+        return StandIn((sys.executable, "-I", "-S", __file__, *map(str, arguments)), env)
 
-    def stand_in_rpc(layout: Layout, port: int) -> StandIn:
-        return stand_in("rpc", "--port", port)
+    def stand_in_rpc(layout: Layout, port: int, secret: bytes) -> StandIn:
+        return stand_in("rpc", "--port", port, MESH_RPC_SECRET=secret.hex())
 
-    def stand_in_server(layout: Layout, port: int, endpoints: Sequence[str], api_key: str) -> StandIn:
-        return stand_in("server", "--port", port, "--rpc", ",".join(endpoints))
+    def stand_in_server(layout: Layout, port: int, endpoints: Sequence[str], secret: bytes, api_key: str) -> StandIn:
+        return stand_in(
+            *("server", "--port", port, "--rpc", ",".join(endpoints)),
+            MESH_RPC_SECRET=secret.hex(),
+            LLAMA_API_KEY=api_key,
+        )
 
     _pids = count(1_000_000_000)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,9 @@ async def test_every_epoch_has_secrets_of_its_own(nodes: list[Node], tmp_path: P
     node.runner.post(MemberReady(B, TWO))
     await eventually(lambda: node.runner.state is State.SERVING)
     first, second = (child.env for child in launcher.children)
-    assert "MESH_RPC_SECRET" not in first
-    assert len(bytes.fromhex(second["MESH_RPC_SECRET"])) == 32
-    keys = {first["LLAMA_API_KEY"], second["LLAMA_API_KEY"], second["MESH_RPC_SECRET"]}
-    assert len(keys) == 3
+    keys = {child[name] for child in (first, second) for name in ("LLAMA_API_KEY", "MESH_RPC_SECRET")}
+    assert len(keys) == 4
+    assert {len(bytes.fromhex(key)) for key in keys} == {32}
     assert [message.api_key for message in node.said(Serving)] == [
         child.env["LLAMA_API_KEY"] for child in launcher.children
     ]
@@ -317,12 +316,12 @@ async def test_a_port_taken_in_between_costs_another_try_not_the_layout(nodes: l
     with socket.socket() as thief:
         tries: list[int] = []
 
-        def command(layout: Layout, port: int, endpoints: Sequence[str], api_key: str) -> StandIn:
+        def command(layout: Layout, port: int, *rest: Any) -> StandIn:
             tries.append(port)
             if len(tries) == 1:
                 thief.bind(("127.0.0.1", port))
                 thief.listen()
-            return stand_in_server(layout, port, endpoints, api_key)
+            return stand_in_server(layout, port, *rest)
 
         host = await started(nodes, tmp_path, server_command=command)
         host.runner.post(Adopt(ONE, layout_of("a")))

@@ -171,7 +171,7 @@ async def test_a_large_transfer_arrives_whole_through_small_windows(ring: Ring) 
     assert hashlib.sha256(received).digest() == hashlib.sha256(sent).digest()
 
 
-async def test_the_end_of_one_direction_leaves_the_other_open(ring: Ring, server: Server) -> None:
+async def test_the_clients_end_leaves_the_answer_to_come(ring: Ring, server: Server) -> None:
     async def answer_after_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: bytearray) -> None:
         heard += await reader.read(-1)
         writer.write(b"got %d" % len(heard))
@@ -254,15 +254,41 @@ async def test_a_worker_declared_dead_is_dropped_before_its_connection_notices(r
     assert await ended(reader)
 
 
-async def test_the_death_of_the_rpc_server_closes_the_hosts_socket(ring: Ring, server: Server) -> None:
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_the_death_of_the_rpc_server_closes_the_hosts_socket_and_is_named(
+    ring: Ring, server: Server, how: str
+) -> None:
     async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: bytearray) -> None:
         await reader.readexactly(32 + 5)
-        writer.transport.abort()
+        getattr(writer.transport, how)()
 
     server.behaviour = die
     reader, writer = await ring.connect()
     writer.write(b"hello")
     assert await ended(reader)
+    await eventually(lambda: [worker for _, worker, _ in ring.failures] == [B])
+
+
+async def test_a_connection_given_up_for_a_newer_one_is_no_loss(ring: Ring, server: Server) -> None:
+    drop = asyncio.Event()
+
+    async def wait_for_the_next(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: bytearray) -> None:
+        if server.open == 1:
+            await drop.wait()
+        else:
+            await echo(reader, writer, heard)
+
+    server.behaviour = wait_for_the_next
+    (endpoint,) = await ring.tunnels.open(ONE, [B], HOST_SECRET)
+    first, _ = await ring.reconnect(endpoint)
+    await eventually(lambda: server.open == 1)
+    second, writer = await ring.reconnect(endpoint)
+    writer.write(b"hello")
+    assert await second.readexactly(5) == b"hello"
+    drop.set()
+    assert await ended(first)
+    assert ring.failures == []
+    writer.close()
 
 
 async def test_a_killed_engine_lets_the_rpc_server_have_the_next_client(ring: Ring, server: Server) -> None:

@@ -182,6 +182,21 @@ def test_the_exit_of_a_wanted_process_is_reported_with_its_last_words() -> None:
     assert node.core.state is State.IDLE
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("mesh-rpc-lost 127.0.0.1:1 closed the connection", "lost node b: closed the connection"),
+        ("mesh-refused 127.0.0.1:12 blk.3.attn_q: other contents", "refused by node c: blk.3.attn_q: other contents"),
+    ],
+)
+def test_a_server_that_lost_a_worker_names_it(line: str, words: str) -> None:
+    node = Node()
+    node.tell(Adopt(ONE, SPLIT), MemberReady(B, ONE), MemberReady(C, ONE))
+    node.tell(TunnelsOpen(ONE, ("127.0.0.1:1", "127.0.0.1:12")))
+    _, report = node.tell(ProcessExited(ONE, SERVER, 75, ("starting", line, "error: cannot load model")))
+    assert report == ReportDown(ONE, f"llama-server exited with code 75: {words}")
+
+
 def test_a_broken_tunnel_is_reported_with_the_name_of_the_node() -> None:
     assert serving().tell(TunnelFailed(ONE, C, "connection lost")) == [
         StopEngine(),
