@@ -56,7 +56,8 @@ def llama_server_command(
         embeddings: answer ``/v1/embeddings`` too, by the mean over all tokens; costs ``512 * n_vocab * 4`` bytes.
 
     Raises:
-        EngineError: the layout does not carry every layer exactly once, or names more devices than the engine takes.
+        EngineError: the layout does not carry every layer exactly once, or names more devices than the engine takes, or
+            there are workers and no secret.
     """
     check_layers(layout)
     if len(endpoints) != len(layout.workers):
@@ -73,7 +74,7 @@ def llama_server_command(
         # Prompts saved to host memory, and checkpoints, would drag the KV cache through the network.
         argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
         env["MESH_GGUF_ID"] = layout.model.fingerprint
-        env["MESH_RPC_SECRET"] = rpc_secret.hex()
+        env["MESH_RPC_SECRET"] = _secret(rpc_secret)
     else:
         argv += solo_arguments(layout.ring[0], gpu_layers)
     if api_key:
@@ -153,7 +154,13 @@ def rpc_server_command(
     for file in model_files:
         argv += ["--gguf", str(file)]
     argv += ["--gguf-id", fingerprint]
-    return Launch(tuple(argv), {"MESH_RPC_SECRET": rpc_secret.hex()})
+    return Launch(tuple(argv), {"MESH_RPC_SECRET": _secret(rpc_secret)})
+
+
+def _secret(secret: bytes) -> str:
+    if not 16 <= len(secret) <= 64:  # an empty one would leave the door open
+        raise EngineError(f"an RPC secret has 16 to 64 bytes, not {len(secret)}")
+    return secret.hex()
 
 
 def engine_environment(inherited: Mapping[str, str], launch: Launch) -> dict[str, str]:

@@ -22,6 +22,7 @@ from mesh.errors import EngineError
 from mesh.wire.facts import Layout, ModelCost, RingMember
 
 ENGINE = Engine(Path("e"), "0" * 12, "cpu", Path("e/llama-server"), Path("e/ggml-rpc-server"), Path("e/llama-bench"))
+SECRET = b"sixteen bytes..."
 IDS = [f"{chr(ord('a') + n)}" * 26 for n in range(20)]
 
 
@@ -101,13 +102,13 @@ def test_the_output_layer_comes_home() -> None:
 
 def test_a_split_takes_endpoints_in_ring_order_and_keeps_the_cache_where_it_is() -> None:
     launch = llama_server_command(
-        ENGINE, layout([1, 2, 3]), Path("m.gguf"), 8000, ports(2), threads=4, rpc_secret=b"\1"
+        ENGINE, layout([1, 2, 3]), Path("m.gguf"), 8000, ports(2), threads=4, rpc_secret=SECRET
     )
     assert argument(launch.argv, "--rpc") == "127.0.0.1:7000,127.0.0.1:7001"
     assert argument(launch.argv, "-cram") == argument(launch.argv, "-ctxcp") == "0"
     assert argument(launch.argv, "-c") == "1024"
     assert argument(launch.argv, "--host") == "127.0.0.1"
-    assert launch.env == {"MESH_GGUF_ID": "f" * 64, "MESH_RPC_SECRET": "01"}
+    assert launch.env == {"MESH_GGUF_ID": "f" * 64, "MESH_RPC_SECRET": SECRET.hex()}
 
 
 def test_solo_knows_no_rpc() -> None:
@@ -119,19 +120,17 @@ def test_solo_knows_no_rpc() -> None:
 
 def test_secrets_stay_out_of_the_process_list() -> None:
     launch = llama_server_command(
-        ENGINE, layout([1, 2]), Path("m"), 8000, ports(1), threads=1, rpc_secret=b"hidden!", api_key="also hidden"
+        ENGINE, layout([1, 2]), Path("m"), 8000, ports(1), threads=1, rpc_secret=SECRET, api_key="also hidden"
     )
-    worker = rpc_server_command(
-        ENGINE, 9, threads=1, model_files=[Path("m")], fingerprint="f" * 64, rpc_secret=b"hidden!"
-    )
+    worker = rpc_server_command(ENGINE, 9, threads=1, model_files=[Path("m")], fingerprint="f" * 64, rpc_secret=SECRET)
     line = " ".join(launch.argv + worker.argv)
     assert "also hidden" not in line
-    assert b"hidden!".hex() not in line
+    assert SECRET.hex() not in line
 
 
 def test_a_worker_may_read_its_shards_in_order_and_binds_loopback() -> None:
     files = [Path("m-00001-of-00002.gguf"), Path("m-00002-of-00002.gguf")]
-    launch = rpc_server_command(ENGINE, 9, threads=3, model_files=files, fingerprint="f" * 64, rpc_secret=b"s")
+    launch = rpc_server_command(ENGINE, 9, threads=3, model_files=files, fingerprint="f" * 64, rpc_secret=SECRET)
     given_files = [launch.argv[i + 1] for i, word in enumerate(launch.argv) if word == "--gguf"]
     assert given_files == [str(file) for file in files]
     assert argument(launch.argv, "-H") == "127.0.0.1"
@@ -162,3 +161,10 @@ def test_the_users_own_engine_variables_do_not_reach_the_engine() -> None:
     launch = llama_server_command(ENGINE, layout([4], mode="solo"), Path("m"), 8000, threads=1, api_key="ours")
     inherited = {"PATH": "/bin", "LLAMA_ARG_CTX_SIZE": "7", "GGML_RPC_DEBUG": "1", "MESH_GGUF_ID": "x"}
     assert engine_environment(inherited, launch) == {"PATH": "/bin", "LLAMA_API_KEY": "ours"}
+
+
+def test_a_server_is_never_started_without_a_secret() -> None:
+    with pytest.raises(EngineError, match="16 to 64"):
+        rpc_server_command(ENGINE, 9, threads=1, model_files=[], fingerprint="f" * 64, rpc_secret=b"")
+    with pytest.raises(EngineError, match="16 to 64"):
+        llama_server_command(ENGINE, layout([1, 2]), Path("m"), 8000, ports(1), threads=1)
