@@ -105,6 +105,10 @@ class Connection(Protocol):
         """
         ...
 
+    def widen(self) -> None:
+        """The peer was admitted: let it have as much on the way as a member may. Strangers get little."""
+        ...
+
     def close(self, code: int = 0, reason: str = "") -> None:
         """End the connection and all its streams. Idempotent, never blocks."""
         ...

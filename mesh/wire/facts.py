@@ -29,7 +29,8 @@ class Epoch(Struct, frozen=True, order=True):
     """The number of a layout. Ordered; two coordinators of a parted mesh never make equal epochs."""
 
     number: Count
-    coordinator: NodeId | Literal[""]
+    coordinator: Annotated[str, Meta(max_length=26, pattern="^([a-z2-7]{26})?$")]
+    """A node id; empty before any layout."""
 
 
 NO_EPOCH = Epoch(0, "")
@@ -91,7 +92,7 @@ class NodeFacts(Struct, frozen=True):
     threads: Annotated[int, Meta(ge=0, le=4096)]
     models: Annotated[tuple[ModelCost, ...], Meta(max_length=16)]
     """Models whose file is complete on this node's disk."""
-    wants: Fingerprint | Literal[""]
+    wants: Annotated[str, Meta(max_length=64, pattern="^([0-9a-f]{64})?$")]
     """The model this node was started for; empty: whatever the mesh serves."""
     addresses: Annotated[tuple[Address, ...], Meta(max_length=16)]
     ctx_size: Annotated[int, Meta(ge=0, le=2**24)] = 0

@@ -144,6 +144,9 @@ class FakeConnection:
         asyncio.get_running_loop().call_soon(self.other.on_stream, theirs)
         return ours
 
+    def widen(self) -> None:
+        pass
+
     def close(self, code: int = 0, reason: str = "") -> None:
         for end in (self, self.other):
             if end is not None and not end.closed:

@@ -1,0 +1,179 @@
+"""Keeps dialing the members that are not connected."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from mesh.errors import AdmissionError, MeshError
+from mesh.membership.known import AddressBook
+from mesh.membership.link import Link
+from mesh.transport.lane import Connection, Lane
+from mesh.wire.facts import NodeId
+
+log = logging.getLogger(__name__)
+
+DIAL_TIMEOUT_S = 5.0
+STAGGER_S = 0.25
+"""Between trying one address of a member and the next, while the first still may answer."""
+FIRST_RETRY_S = 0.25
+LAST_RETRY_S = 15.0
+
+
+class Dialer:
+    """One task per known member, which sleeps while there is a link.
+
+    Args:
+        introduce: says Hello on a fresh connection, and returns the link that came of it.
+        is_linked: is there a link to that member, whoever dialed it?
+        on_refused: a member does not let us in.
+        random: uniform in [0, 1); spreads the attempts of many nodes.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        book: AddressBook,
+        *,
+        introduce: Callable[[Connection], Awaitable[Link | None]],
+        is_linked: Callable[[NodeId], bool],
+        on_refused: Callable[[NodeId, AdmissionError], None],
+        random: Callable[[], float],
+    ) -> None:
+        self._lane = lane
+        self._book = book
+        self._introduce = introduce
+        self._is_linked = is_linked
+        self._on_refused = on_refused
+        self._random = random
+        self._keepers: dict[NodeId, asyncio.Task[None]] = {}
+        self._kicks: dict[NodeId, asyncio.Event] = {}
+        self._dialing: dict[NodeId, asyncio.Task[Link | None]] = {}
+        self._closed = False
+
+    def keep(self, peer: NodeId) -> None:
+        """See to it that there is a link to ``peer`` from now on."""
+        if peer in self._keepers or self._closed:
+            return
+        self._kicks[peer] = asyncio.Event()
+        self._keepers[peer] = asyncio.get_running_loop().create_task(self._keep_linked(peer))
+
+    def kick(self, peer: NodeId) -> None:
+        """Something changed for ``peer``: its link was lost, or a new address is known."""
+        kick = self._kicks.get(peer)
+        if kick is not None:
+            kick.set()
+
+    def forget(self, peer: NodeId) -> None:
+        """Dial ``peer`` no more."""
+        self._kicks.pop(peer, None)
+        keeper = self._keepers.pop(peer, None)
+        if keeper is not None:
+            keeper.cancel()
+
+    def is_dialing(self, peer: NodeId) -> bool:
+        return peer in self._dialing
+
+    async def outcome(self, peer: NodeId, timeout: float) -> None:
+        """Wait until the attempt under way, if there is one, has come to something or nothing."""
+        task = self._dialing.get(peer)
+        if task is not None:
+            await asyncio.wait({task}, timeout=timeout)
+
+    def give_up(self, peer: NodeId) -> None:
+        """The peer's own dial was faster: drop the attempt under way."""
+        task = self._dialing.get(peer)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Stop everything."""
+        self._closed = True
+        tasks = [*self._keepers.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep_linked(self, peer: NodeId) -> None:
+        """Dial whenever there is no link, ever more slowly while nobody answers."""
+        kick = self._kicks[peer]
+        delay = 0.0
+        while True:
+            kick.clear()
+            if self._is_linked(peer):
+                await kick.wait()
+                delay = FIRST_RETRY_S
+                continue
+            if delay:
+                await _wait_for(kick, delay * (0.5 + self._random()))
+                if self._is_linked(peer):
+                    continue
+            if not await self._try(peer):
+                delay = min(max(delay * 2, FIRST_RETRY_S), LAST_RETRY_S)
+
+    async def _try(self, peer: NodeId) -> bool:
+        task = self._dialing[peer] = asyncio.get_running_loop().create_task(self._dial(peer))
+        try:
+            await asyncio.wait({task})
+        finally:
+            del self._dialing[peer]
+            task.cancel()
+        if task.cancelled():
+            return False
+        error = task.exception()
+        if isinstance(error, AdmissionError):
+            self._on_refused(peer, error)
+        if isinstance(error, MeshError):
+            log.debug("dialing %s: %s", peer, error.message)
+            return False
+        return task.result() is not None
+
+    async def _dial(self, peer: NodeId) -> Link | None:
+        """Try the addresses one after the other, each with a head start, until one answers."""
+        waiting = list(self._book.addresses(peer))
+        dials: set[asyncio.Task[Connection]] = set()
+        failures: list[MeshError] = []
+        winner: Connection | None = None
+        try:
+            while winner is None and (waiting or dials):
+                if waiting:
+                    dials.add(asyncio.get_running_loop().create_task(self._reach(waiting.pop(0), peer)))
+                done, dials = await asyncio.wait(
+                    dials, timeout=STAGGER_S if waiting else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                for ended in done:
+                    error = ended.exception()
+                    if isinstance(error, MeshError):
+                        failures.append(error)
+                    elif error is not None:
+                        raise error
+                    elif winner is None:
+                        winner = ended.result()
+                    else:
+                        _close_late(ended)
+        finally:
+            for left in dials:
+                left.cancel()
+                left.add_done_callback(_close_late)
+        if winner is not None:
+            return await self._introduce(winner)
+        if failures:
+            raise failures[0]
+        return None
+
+    async def _reach(self, address: str, peer: NodeId) -> Connection:
+        return await self._lane.dial(address, expect=peer, timeout=DIAL_TIMEOUT_S)
+
+
+def _close_late(dial: asyncio.Task[Connection]) -> None:
+    if not dial.cancelled() and dial.exception() is None:
+        dial.result().close(0, "another address was faster")
+
+
+async def _wait_for(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

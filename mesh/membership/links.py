@@ -1,0 +1,358 @@
+"""One admitted connection to every known member, and what travels over them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mesh.clock import Clock
+from mesh.errors import AdmissionError, TransportError
+from mesh.identity.grants import Roster, known_as, sign_revocation
+from mesh.identity.invite import InviteBook
+from mesh.identity.key import NodeKey, node_id
+from mesh.membership.dialer import Dialer
+from mesh.membership.door import Admitted, Choice, choose
+from mesh.membership.greeting import Greeter
+from mesh.membership.known import AddressBook
+from mesh.membership.link import Link
+from mesh.transport.lane import Connection, Lane, Stream
+from mesh.wire.facts import NodeFacts, NodeId
+from mesh.wire.messages import (
+    Control,
+    Hello,
+    Join,
+    Joined,
+    Leaving,
+    MemberAddress,
+    Members,
+    Open,
+    Refused,
+    Revocation,
+    Revoke,
+)
+
+log = logging.getLogger(__name__)
+
+FLUSH_WITHIN_S = 0.5
+"""For last words before a link is closed on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """What the owner of the links is told. None of these may block; each is called in the event loop.
+
+    Attributes:
+        on_up: a member is connected: its id, its facts, its connection.
+        on_down: it no longer is, and why. Comes before a second ``on_up`` of the same member.
+        on_message: a control message, in the order sent. ``Members`` and ``Revoke`` are dealt with before.
+        on_bulk: a member opened a stream; the handler answers ``Opened`` or ``OpenFailed`` itself.
+        on_roster_changed: grants, revocations or addresses changed: save them.
+        on_expelled: this node was revoked, or never was a member for the one who says so.
+    """
+
+    on_up: Callable[[NodeId, NodeFacts, Connection], None]
+    on_down: Callable[[NodeId, str], None]
+    on_message: Callable[[NodeId, Control], None]
+    on_bulk: Callable[[NodeId, Open, Stream], None]
+    on_roster_changed: Callable[[], None] = lambda: None
+    on_expelled: Callable[[NodeId, Refused], None] = lambda peer, refused: None
+
+
+class Links:
+    """Keeps the links of one node.
+
+    Args:
+        lane: how to dial. Its ``on_connection`` must be :meth:`accept`.
+        roster: who belongs; changed in place.
+        members: where members were last seen.
+        mesh_name: told to joiners.
+        facts: of this node, as they are now.
+        invites: None when this node lets nobody in.
+        random: uniform in [0, 1); spreads redials.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        key: NodeKey,
+        roster: Roster,
+        clock: Clock,
+        callbacks: Callbacks,
+        *,
+        facts: Callable[[], NodeFacts],
+        members: tuple[MemberAddress, ...] = (),
+        mesh_name: str = "mesh",
+        invites: InviteBook | None = None,
+        random: Callable[[], float],
+    ) -> None:
+        self.roster = roster
+        self._key = key
+        self._clock = clock
+        self._tell = callbacks
+        self._facts = facts
+        self._book = AddressBook(member for member in members if member.id != key.id)
+        self._links: dict[NodeId, Link] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._greeter = Greeter(self, key, roster, clock, facts=facts, mesh_name=mesh_name, invites=invites)
+        self._dialer = Dialer(
+            lane,
+            self._book,
+            introduce=self._greeter.introduce,
+            is_linked=self.is_linked,
+            on_refused=self._refused,
+            random=random,
+        )
+
+    # -- what the owner asks -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to dial the known members."""
+        for member in self._book.members:
+            self._dialer.keep(member.id)
+
+    def peers(self) -> Mapping[NodeId, Link]:
+        """Members connected now."""
+        return self._links
+
+    def link(self, peer: NodeId) -> Link | None:
+        return self._links.get(peer)
+
+    @property
+    def members(self) -> tuple[MemberAddress, ...]:
+        """Every other member this node knows of, connected or not, with the addresses to try; worth saving."""
+        return self._book.members
+
+    def last_heard(self, peer: NodeId) -> float | None:
+        """``clock.now()`` of the last packet of ``peer``; None when it is not connected."""
+        link = self._links.get(peer)
+        return None if link is None else link.last_heard
+
+    def send(self, peer: NodeId, message: Control) -> bool:
+        """Queue ``message`` for ``peer``; never blocks. False when ``peer`` is not connected."""
+        link = self._links.get(peer)
+        if link is None:
+            return False
+        link.send(message)
+        return True
+
+    def broadcast(self, message: Control, *, but: NodeId | None = None) -> None:
+        """Queue ``message`` for everyone connected, ``but`` one."""
+        for peer, link in list(self._links.items()):
+            if peer != but:
+                link.send(message)
+
+    async def open_bulk(self, peer: NodeId, request: Open, *, timeout: float = 10.0) -> Stream:
+        """Open a stream to ``peer`` and wait until it answered ``Opened``.
+
+        Raises:
+            TransportError: not connected, the connection broke, or no answer within ``timeout`` seconds.
+            AdmissionError: the peer refused; ``code`` and message are its own.
+        """
+        link = self._links.get(peer)
+        if link is None:
+            raise TransportError(f"node {peer} is not connected", code="not-connected")
+        return await link.open_bulk(request, timeout)
+
+    def learn(self, member: MemberAddress) -> None:
+        """``member`` may be reached at these addresses: try soon."""
+        if member.id == self._key.id or self._closed:
+            return
+        if self._book.hear(member):
+            self._tell.on_roster_changed()
+            self._dialer.kick(member.id)
+        self._dialer.keep(member.id)
+
+    def drop(self, peer: NodeId, reason: str) -> None:
+        """Close the link to ``peer``; it is dialed again while it stays a member."""
+        link = self._links.get(peer)
+        if link is not None:
+            self._lose(link, reason)
+
+    def revoke(self, subject: NodeId) -> Revocation:
+        """Throw ``subject`` out: close its links and tell the others.
+
+        Raises:
+            AdmissionError: unknown node, or this node may not.
+        """
+        public = known_as(self.roster, subject)
+        if public is None:
+            raise AdmissionError(f"this mesh knows no node {subject}", remedy="mesh status", code="unknown-node")
+        # Clocks differ: a revocation dated before the grant it is meant for would do nothing.
+        granted = max((grant.issued_at for grant in self.roster.grants if grant.subject == public), default=0)
+        wall = max(self._clock.wall(), granted)
+        revocation = sign_revocation(self._key, mesh=self.roster.mesh, subject=public, wall=wall)
+        if not self._take_revocation(revocation, None):
+            raise AdmissionError(f"this node may not revoke {subject}", code="not-allowed")
+        return revocation
+
+    async def close(self, reason: str) -> None:
+        """Tell everyone that this node leaves, and close all links."""
+        self._closed = True
+        links = list(self._links.values())
+        self._links.clear()
+        for link in links:
+            link.send(Leaving(reason[:1024]))
+        await self._dialer.close()
+        await _flush(*links)
+        for link in links:
+            link.stop()
+            link.connection.close(0, reason)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def accept(self, connection: Connection) -> None:
+        """Somebody connected; the lane has proven its key and nothing more."""
+        if self._closed:
+            connection.close(0, "shutting down")
+            return
+        first = self._greeter.receive(connection)
+        if first is not None:
+            self._spawn(self._greeter.greet(connection, first))
+
+    # -- the house behind the door (see greeting.House) --------------------------------------------------------------
+
+    def choice(self, peer: NodeId) -> Choice:
+        link = self._links.get(peer)
+        return choose(
+            self._key.id,
+            peer,
+            dialing=self._dialer.is_dialing(peer),
+            linked_s=None if link is None else self._clock.now() - link.since,
+            linked_by_us=link is not None and link.connection.dialed,
+        )
+
+    async def outcome_of_our_dial(self, peer: NodeId, timeout: float) -> None:
+        await self._dialer.outcome(peer, timeout)
+
+    def is_linked(self, peer: NodeId) -> bool:
+        return peer in self._links
+
+    def joined(self, answer: Joined) -> None:
+        self._tell.on_roster_changed()
+        self.broadcast(Members((), answer.grants))
+
+    def address_list(self) -> tuple[MemberAddress, ...]:
+        me = self._facts()
+        return (MemberAddress(me.id, me.name, me.addresses), *self._book.members)
+
+    def admit(self, connection: Connection, control: Stream, facts: NodeFacts, verdict: Admitted) -> Link:
+        peer = connection.peer
+        older = self._links.get(peer)
+        if older is not None:
+            self._lose(older, "it connected anew: it was restarted, or its old path broke")
+        if not connection.dialed:
+            self._dialer.give_up(peer)
+        connection.widen()
+        link = Link(
+            connection,
+            control,
+            facts,
+            verdict.role,
+            since=self._clock.now(),
+            on_message=self._received,
+            on_bulk=self._tell.on_bulk,
+            on_broken=self._lose,
+        )
+        self._links[peer] = link
+        connection.on_close = lambda reason: self._lose(link, reason)
+        changed = self._meet(connection, facts) or verdict.changed
+        link.start()
+        link.send(Members(self._book.members, self.roster.grants))
+        if changed:
+            self._tell.on_roster_changed()
+            self.broadcast(self._news_of(peer), but=peer)
+        self._dialer.keep(peer)
+        self._dialer.kick(peer)
+        self._tell.on_up(peer, facts, connection)
+        return link
+
+    # -- within ------------------------------------------------------------------------------------------------------
+
+    def _meet(self, connection: Connection, facts: NodeFacts) -> bool:
+        # An address that we dialed works; one we were dialed from may be a NAT's, and goes last.
+        seen = connection.address
+        addresses = (seen, *facts.addresses) if connection.dialed else (*facts.addresses, seen)
+        return self._book.meet(MemberAddress(connection.peer, facts.name, addresses))
+
+    def _news_of(self, peer: NodeId) -> Members:
+        members = tuple(member for member in self._book.members if member.id == peer)
+        public = known_as(self.roster, peer)
+        return Members(members, self.roster.chain(public or b"", self._clock.wall()))
+
+    def _lose(self, link: Link, reason: str) -> None:
+        link.stop()
+        link.connection.close(0, reason)
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+            self._dialer.kick(link.peer)
+            self._tell.on_down(link.peer, reason)
+
+    def _received(self, link: Link, message: Control) -> None:
+        if isinstance(message, Members):
+            self._take_members(link, message)
+        elif isinstance(message, Revoke):
+            self._take_revocation(message.revocation, link.peer)
+        elif isinstance(message, Hello | Join):
+            self._lose(link, "the peer introduced itself twice")
+        else:
+            self._tell.on_message(link.peer, message)
+
+    def _take_members(self, link: Link, message: Members) -> None:
+        wall = self._clock.wall()
+        changed = self.roster.add(message.grants, wall, vouched=True)
+        for member in message.members:
+            if member.id != self._key.id and self._is_granted(member.id) and self._book.hear(member):
+                changed = True
+                self._dialer.keep(member.id)
+        if changed:
+            self._tell.on_roster_changed()
+            self.broadcast(message, but=link.peer)
+
+    def _take_revocation(self, revocation: Revocation, teller: NodeId | None) -> bool:
+        out = self.roster.revoke([revocation], self._clock.wall())
+        for key in out:
+            subject = node_id(key)
+            self.broadcast(Revoke(revocation), but=teller)
+            self._tell.on_roster_changed()
+            if subject == self._key.id:
+                self._tell.on_expelled(teller or subject, Refused("revoked", "this node was revoked"))
+                continue
+            self._book.forget(subject)
+            self._dialer.forget(subject)
+            link = self._links.get(subject)
+            if link is not None:
+                self._spawn(self._show_out(link))
+        return bool(out)
+
+    async def _show_out(self, link: Link) -> None:
+        """Let the revoked node read why, for a moment, then close."""
+        await _flush(link)
+        self._lose(link, "revoked")
+
+    def _refused(self, peer: NodeId, error: AdmissionError) -> None:
+        if error.code in ("revoked", "not-a-member"):
+            self._tell.on_expelled(peer, Refused(error.code, error.message[:1024]))
+
+    def _is_member(self, key: bytes) -> bool:
+        return self.roster.role_of(key, self._clock.wall()) is not None
+
+    def _is_granted(self, node: NodeId) -> bool:
+        return any(node_id(key) == node and self._is_member(key) for key in self.roster.subjects())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _flush(*links: Link) -> None:
+    try:
+        async with asyncio.timeout(FLUSH_WITHIN_S):
+            await asyncio.gather(*(link.flushed() for link in links))
+    except TimeoutError:
+        pass
