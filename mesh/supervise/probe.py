@@ -8,7 +8,7 @@ import httpx
 
 from mesh.errors import EngineError
 
-HEALTH_EVERY_S = 0.1
+HEALTH_EVERY_S = 0.05
 
 
 async def first_token(port: int, api_key: str) -> None:

@@ -45,10 +45,11 @@ def ending(code: int) -> str:
     return f"exited with code {code}"
 
 
-def telling_line(tail: Sequence[str]) -> str:
+def telling_line(tail: Sequence[str], *, any_line: bool = True) -> str:
     """What of ``tail`` is most likely to say why.
 
-    The engine's own word on a lost or refusing server, else the last line that names a failure, else the last at all.
+    The engine's own word on a lost or refusing server, else the last line that names a failure, else the last at all
+    (with ``any_line``).
     """
     spoken = [line.strip() for line in tail if line.strip()]
     marked = [line for line in spoken if line.partition(" ")[0] in _MARKED]
@@ -57,12 +58,13 @@ def telling_line(tail: Sequence[str]) -> str:
         server, _, why = rest.partition(" ")
         return f"{_MARKED[mark]} {server}: {why}"
     accusing = [line for line in spoken if _TELLING.search(line)]
-    return (accusing or spoken or [""])[-1]
+    return (accusing or (spoken if any_line else []) or [""])[-1]
 
 
 def exit_reason(kind: ProcessKind, code: int, tail: Sequence[str]) -> str:
     """One line: which program, how it ended, and its last telling words."""
-    line = telling_line(tail)
+    # Who is killed from outside has no last words: the last line would be about something else.
+    line = telling_line(tail, any_line=code >= 0)
     return f"{kind.value} {ending(code)}" + (f": {line}" if line else "")
 
 

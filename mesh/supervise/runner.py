@@ -15,12 +15,11 @@ from typing import Any, Protocol
 
 from mesh.clock import Clock
 from mesh.errors import MeshError
-from mesh.supervise.core import (
+from mesh.supervise.core import Deadlines, EngineCore, State
+from mesh.supervise.events import (
     AnnounceServing,
     Answered,
-    Deadlines,
     Effect,
-    EngineCore,
     EngineFailed,
     Event,
     HostConnected,
@@ -34,7 +33,6 @@ from mesh.supervise.core import (
     Shutdown,
     StartLlamaServer,
     StartRpcServer,
-    State,
     StopEngine,
     Stopped,
     TellHost,

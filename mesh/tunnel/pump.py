@@ -205,7 +205,7 @@ async def pump(local: LocalEnd, stream: Stream, traffic: Traffic, *, outlives_pe
                 direction.result()
             waited_for = rest & waited_for
             if not outlives_peer and down in done and up in waited_for:
-                raise TransportError("the other end closed the connection")
+                raise TransportError("the server behind it closed the connection")
         clean = not waited_for
     except (ConnectionError, OSError):
         pass  # the local side; reset below

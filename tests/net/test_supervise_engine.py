@@ -18,7 +18,8 @@ from mesh.engine.commands import Launch, llama_server_command, rpc_server_comman
 from mesh.errors import EngineError
 from mesh.models.demo import write_demo
 from mesh.models.fingerprint import fingerprint
-from mesh.supervise.core import Adopt, MemberReady, State
+from mesh.supervise.core import State
+from mesh.supervise.events import Adopt, MemberReady
 from mesh.supervise.runner import EngineRunner
 from mesh.tunnel import HostTunnels, WorkerTunnel
 from mesh.wire.codec import open_reply_decoder, read_frame

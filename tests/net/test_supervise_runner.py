@@ -16,7 +16,8 @@ import pytest
 
 from mesh.clock import SystemClock
 from mesh.errors import EngineError
-from mesh.supervise.core import Adopt, Deadlines, MemberReady, State
+from mesh.supervise.core import Deadlines, State
+from mesh.supervise.events import Adopt, MemberReady
 from mesh.supervise.reasons import ProcessKind
 from mesh.supervise.registry import process_mark
 from mesh.supervise.runner import EngineRunner

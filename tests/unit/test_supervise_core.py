@@ -7,19 +7,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mesh.supervise.core import (
-    RUNNING,
-    TRANSITIONS,
+from mesh.supervise.core import RUNNING, TRANSITIONS, Deadlines, EngineCore, IllegalEventError, State
+from mesh.supervise.events import (
     Adopt,
     AnnounceServing,
     Answered,
-    Deadlines,
     Effect,
-    EngineCore,
     EngineFailed,
     Event,
     HostConnected,
-    IllegalEventError,
     LoadSeen,
     MemberLoading,
     MemberReady,
@@ -32,7 +28,6 @@ from mesh.supervise.core import (
     Shutdown,
     StartLlamaServer,
     StartRpcServer,
-    State,
     StopEngine,
     Stopped,
     TellHost,
@@ -304,7 +299,7 @@ def test_every_running_state_has_a_way_out() -> None:
         (0, (), "llama-server exited with code 0"),
         (-6, ("ggml-rpc.cpp:99: ASSERT failed",), "llama-server was killed by SIGABRT: ggml-rpc.cpp:99: ASSERT failed"),
         (-9, (), "llama-server was killed by SIGKILL (by another program, or by the system for lack of memory)"),
-        (-64, (), "llama-server was killed by signal 64"),
+        (-64, ("all slots are idle",), "llama-server was killed by signal 64"),
         (0xC0000005, (), "llama-server crashed with status 0xC0000005 (access violation)"),
         (1, ("error: no such file", "bye"), "llama-server exited with code 1: error: no such file"),
     ],
