@@ -158,8 +158,9 @@ class _Api:
             return refused
         if path == _STATUS:
             client = scope.get("client")
-            token = self._control_token
-            if guard.is_loopback(client[0] if client else None) or (token and guard.bearer(headers) == token):
+            if guard.is_loopback(client[0] if client else None):
+                return None
+            if self._control_token and guard.check_key(headers, [self._control_token]) is None:
                 return None
         return guard.check_key(headers, self._api_keys)
 

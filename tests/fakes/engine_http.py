@@ -39,6 +39,9 @@ class FakeEngine:
         break_after: cut the connection after so many words of a stream, or before an answer that is not one (0).
         end_after: end the stream in good order after so many words, but without its end mark.
         loading: answer 503 as while the model is read.
+        hang: take requests and never answer.
+        large_answer: bytes added to answers that echo the request.
+        cut_bodies: reset the connection in the middle of such answers.
     """
 
     words: list[str] = field(default_factory=lambda: ["one ", "two ", "three "])
@@ -49,6 +52,7 @@ class FakeEngine:
     hang: bool = False
     api_key: str = KEY
     large_answer: int = 0
+    cut_bodies: bool = False
     seen: list[Seen] = field(default_factory=list)
     connections: int = 0
     open_streams: set[Stream] = field(default_factory=set)
@@ -172,14 +176,12 @@ class FakeEngine:
             async for _ in self._generate():
                 pass
             await _send_json(connection, stream, 200, {"choices": [{"text": "".join(self.words)}]})
-        elif path == "/large":
-            await _send_json(connection, stream, 200, {"large": "x" * self.large_answer})
         else:
             echo = {"path": seen.target, "method": seen.method, "size": len(seen.body)}
             echo["sha256"] = hashlib.sha256(seen.body).hexdigest()
             if self.large_answer:
                 echo["large"] = "x" * self.large_answer
-            await _send_json(connection, stream, 200, echo)
+            await _send_json(connection, stream, 200, echo, cut=self.cut_bodies)
 
     async def _generate(self) -> AsyncIterator[str]:
         for word in self.words:
@@ -236,9 +238,15 @@ async def _hangup(stream: Stream) -> bytes:
         return b""
 
 
-async def _send_json(connection: h11.Connection, stream: Stream, status: int, value: object) -> None:
+async def _send_json(
+    connection: h11.Connection, stream: Stream, status: int, value: object, *, cut: bool = False
+) -> None:
     body = json.dumps(value).encode()
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Engine", "fake")]
     head = connection.send(h11.Response(status_code=status, headers=headers)) or b""
+    if cut:
+        await stream.write(head + body[: len(body) // 2])
+        stream.abort()
+        return
     await stream.write(head + (connection.send(h11.Data(data=body)) or b""))
     await stream.write(connection.send(h11.EndOfMessage()) or b"")

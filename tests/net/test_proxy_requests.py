@@ -90,6 +90,14 @@ async def test_an_answer_too_large_to_hold_back_passes_as_it_comes(monkeypatch: 
         assert ingress.proxy.counters.completed == 1
 
 
+async def test_small_answers_are_not_delayed() -> None:
+    # Nagle's delay, met by a client's delayed acknowledgement, costs 40 ms on every answer of two packets.
+    async with an_engine() as (_, port), an_ingress() as ingress:
+        ingress.serve_tcp(port)
+        times = [(await ask(ingress)).elapsed.total_seconds() for _ in range(10)]
+        assert min(times[1:]) < 0.03
+
+
 async def test_the_rest_of_llama_servers_api_passes() -> None:
     async with an_engine() as (_, port), an_ingress() as ingress:
         ingress.serve_tcp(port)
@@ -219,14 +227,25 @@ async def test_an_answer_survives_the_death_of_its_engine(way: str) -> None:
         assert ingress.proxy.counters.resumed == 2
 
 
-async def test_an_answer_cut_in_its_middle_is_asked_for_again() -> None:
-    async with an_engine(break_after=0) as (engine, port), an_ingress() as ingress:
+@pytest.mark.parametrize("fault", [{"break_after": 0}, {"cut_bodies": True}])
+async def test_an_answer_that_breaks_off_is_asked_for_again(fault: dict[str, object]) -> None:
+    async with an_engine(large_answer=10_000, **fault) as (engine, port), an_ingress() as ingress:
         ingress.serve_tcp(port)
-        waiting = asyncio.create_task(ask(ingress))
+        waiting = asyncio.create_task(ask(ingress, "/v1/embeddings", input="x"))
         await eventually(lambda: len(engine.seen) >= 2)
-        engine.break_after = None
-        assert (await waiting).status_code == 200
+        engine.break_after, engine.cut_bodies = None, False
+        answer = await waiting
+        assert (answer.status_code, len(answer.json()["large"])) == (200, 10_000)
         assert ingress.proxy.counters.resumed == 1
+
+
+async def test_an_answer_too_large_to_hold_back_never_looks_complete_when_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.proxy.exchange.MAX_BUFFERED_ANSWER", 100_000)
+    async with an_engine(large_answer=3 << 20, cut_bodies=True) as (_, port), an_ingress() as ingress:
+        ingress.serve_tcp(port)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await ask(ingress, "/v1/embeddings", input="x")
+        assert ingress.proxy.counters.failed == 1
 
 
 async def test_a_layout_that_changes_takes_the_request_along_though_the_old_engine_hangs() -> None:
