@@ -79,7 +79,7 @@ class Settings:
     model: str | None = None
     demo: bool = False
     join: tuple[str, ...] = ()
-    bind_host: tuple[str, ...] = ("0.0.0.0",)  # noqa: S104 - only QUIC with pinned keys listens there
+    bind_host: tuple[str, ...] = ("0.0.0.0", "::")  # noqa: S104 - only QUIC with pinned keys listens there
     bind_port: int = BIND_PORT
     api_host: str = "127.0.0.1"
     api_port: int = API_PORT

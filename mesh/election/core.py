@@ -79,6 +79,10 @@ class Election:
         """Fencing: whether ``peer`` hosts the epoch this node follows, and means that one."""
         return peer == self._following.host and self._following.covers(epoch)
 
+    def covers(self, epoch: Epoch) -> bool:
+        """Whether ``epoch`` names what this node follows, be it by an earlier number of the same running layout."""
+        return self._following.covers(epoch)
+
     def status(self) -> Status:
         """What to tell people."""
         following, view = self._following, self._view

@@ -1,0 +1,79 @@
+"""What this node tells of itself, put together from its hardware, its settings and its shelf."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mesh import __version__, hardware
+from mesh.clock import Clock
+from mesh.config import Settings
+from mesh.engine.cache import Engine
+from mesh.engine.pin import engine_pin
+from mesh.node.prepare import LocalModel
+from mesh.wire.facts import Device, ModelCost, NodeFacts, NodeId
+
+NOTABLE = 0.05
+"""Share of free memory that must come or go before the others are told: it moves all the time."""
+
+
+class OwnFacts:
+    """Keeps the version: it grows whenever something changed, and begins above that of any earlier run."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        me: NodeId,
+        engine: Engine | None,
+        addresses: tuple[str, ...],
+        model: LocalModel | None,
+        clock: Clock,
+    ) -> None:
+        self._clock = clock
+        self._devices: tuple[Device, ...] = ()
+        self._backend = "" if engine is None else engine.backend
+        self._facts = NodeFacts(
+            id=me,
+            version=int(clock.wall() * 1000),
+            name=settings.name,
+            role="client" if settings.role == "client" else "worker",
+            mesh_version=__version__,
+            engine="" if engine is None else engine_pin(),
+            backend=self._backend,
+            devices=(),
+            budget_bytes=settings.max_memory,
+            threads=hardware.threads(),
+            models=(),
+            wants="" if model is None else model.cost.fingerprint,
+            addresses=addresses,
+            ctx_size=settings.ctx_size,
+            parallel=settings.parallel,
+            split=settings.split,  # type: ignore[arg-type]  # checked with the settings
+        )
+
+    def measure(self) -> bool:
+        """Look at the devices again. Returns whether something changed that others should know."""
+        if not self._backend:
+            return False
+        # The engine computes on what it was built for, whatever else the machine has.
+        found = tuple(device for device in hardware.devices() if device.kind in (self._backend, "cpu"))
+        if self._backend != "cpu" and any(device.kind == self._backend for device in found):
+            found = tuple(device for device in found if device.kind == self._backend)
+        if not _differ(self._devices, found):
+            return False
+        self._devices = found
+        return True
+
+    def facts(self, models: tuple[ModelCost, ...]) -> NodeFacts:
+        """The facts as they are now."""
+        if models != self._facts.models or self._devices != self._facts.devices:
+            version = max(self._facts.version + 1, int(self._clock.wall() * 1000))
+            self._facts = msgspec.structs.replace(self._facts, version=version, models=models, devices=self._devices)
+        return self._facts
+
+
+def _differ(before: tuple[Device, ...], after: tuple[Device, ...]) -> bool:
+    if [(d.name, d.total_bytes) for d in before] != [(d.name, d.total_bytes) for d in after]:
+        return True
+    return any(
+        abs(a.free_bytes - b.free_bytes) > NOTABLE * max(b.free_bytes, 1) for b, a in zip(before, after, strict=True)
+    )

@@ -1,0 +1,110 @@
+"""Says in plain words what happens to the mesh: one line, with the reason, when something does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mesh.election.events as election
+import mesh.membership.events as membership
+from mesh.config import format_size
+from mesh.membership.view import View as Members
+from mesh.notice import Notice, View
+from mesh.wire.facts import NO_EPOCH, Layout, NodeId
+from mesh.wire.messages import LoadProgress
+
+
+class Narrator:
+    """Turns what the cores decide into notices.
+
+    Args:
+        api_url: shown when the API can be used.
+        invite: makes the line to paste on the next machine; None when this node lets nobody in.
+    """
+
+    def __init__(self, view: View, me: NodeId, mesh_name: str, members: Callable[[], Members]) -> None:
+        self._view = view
+        self._me = me
+        self._mesh_name = mesh_name
+        self._members = members
+        self._known: set[NodeId] = set()
+        self._reason_shown = ""
+        self.api_url = ""
+        self.invite: Callable[[], str] | None = None
+
+    def swept(self, count: int) -> None:
+        """Processes of a crashed run were ended."""
+        if count:
+            self._say("change", f"ended {count} engine process(es) that an earlier run left behind")
+
+    def member(self, effect: membership.Effect, seen: Members) -> None:
+        """Somebody came, went quiet, or went."""
+        match effect:
+            case membership.MemberAlive(node, facts) if node not in self._known:
+                self._known.add(node)
+                kind = "lite client " if facts.role == "client" else ""
+                self._say("mesh", f'{kind}{facts.name} is in; "{self._mesh_name}" has {_machines(seen)}', node=node)
+            case membership.MemberLost(node, reason):
+                self._known.discard(node)
+                self._say("change", f"{seen.name(node)} is gone ({reason})", node=node, reason=reason)
+            case _:
+                pass
+
+    def adopted(self, adopt: election.Adopt) -> None:
+        """A layout was agreed, or that there can be none."""
+        if adopt.lifts != NO_EPOCH:
+            return
+        layout, number = adopt.layout, adopt.epoch.number
+        if layout is None:
+            if adopt.reason != self._reason_shown:
+                self._reason_shown = adopt.reason
+                self._say("plan", f"nothing can run yet: {adopt.reason}", epoch=number, reason=adopt.reason)
+            return
+        self._reason_shown = ""
+        why = f" ({adopt.reason})" if adopt.reason else ""
+        self._say("plan", f"{self._describe(layout)}{why}", epoch=number, reason=adopt.reason)
+
+    def loading(self, progress: LoadProgress) -> None:
+        """A member reads its weights."""
+        name = "this machine" if progress.node == self._me else self._members().name(progress.node)
+        self._view.progress(name, progress.done_bytes, max(progress.total_bytes, 1))
+
+    def served(self, layout: Layout) -> None:
+        """Requests are answered."""
+        where = "here" if layout.host == self._me else f"on {self._members().name(layout.host)}"
+        text = f"{self.api_url}/v1   {layout.model.name}, hosted {where}"
+        self._say("ready", text, api=f"{self.api_url}/v1", host=layout.host, model=layout.model.name)
+        if self.invite is not None:
+            make, self.invite = self.invite, None
+            self._say("mesh", f"for the next machine (works once, within the hour):\n       {make()}")
+
+    def unserved(self, reason: str) -> None:
+        """Requests wait."""
+        self._say("change", f"{reason}; requests wait", reason=reason)
+
+    def _describe(self, layout: Layout) -> str:
+        model = f"{layout.model.name}, {format_size(layout.model.size_bytes)}"
+        if layout.mode == "solo":
+            return f"{model}: all {layout.model.n_layers} layers on {self._name(layout.host)}"
+        shares = [
+            f"{self._name(member.id)} {_count(member.layers)}{' + output' if member.id == layout.host else ''}"
+            for member in layout.ring
+        ]
+        return f"{model}: {' > '.join(shares)}   predicted {layout.predicted_ms_per_token:.0f} ms/token"
+
+    def _name(self, node: NodeId) -> str:
+        return "this machine" if node == self._me else self._members().name(node)
+
+    def _say(self, kind: str, text: str, **data: object) -> None:
+        self._view.show(Notice(kind, text, data))  # type: ignore[arg-type]  # kinds are literals above
+
+
+def _count(layers: tuple[int, int] | None) -> str:
+    if layers is None:
+        return "no layers"
+    count = layers[1] - layers[0] + 1
+    return f"{count} layer{'' if count == 1 else 's'}"
+
+
+def _machines(seen: Members) -> str:
+    count = len(seen.members)
+    return f"{count} machine{'' if count == 1 else 's'}"

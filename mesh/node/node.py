@@ -1,0 +1,397 @@
+"""One running node. Wires the rooms together: each core gets its events here, and its effects are carried out here.
+
+    links --messages--> membership --view--> election --layout--> engine runner --api key--> election --route--> proxy
+
+Nothing is decided in this module. If a line here needs an opinion, it belongs into a core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import mesh.election.events as election
+import mesh.membership.events as membership
+import mesh.supervise.events as supervise
+from mesh.clock import Clock
+from mesh.config import Settings
+from mesh.election.core import Election
+from mesh.engine.cache import Engine
+from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
+from mesh.errors import MeshError
+from mesh.identity.invite import InviteBook
+from mesh.identity.key import NodeKey
+from mesh.membership.core import BOOT_SHIFT, Membership
+from mesh.membership.links import Callbacks, Links
+from mesh.node.facts import OwnFacts
+from mesh.node.narrator import Narrator
+from mesh.node.planning import answer_plan
+from mesh.node.prepare import LocalModel
+from mesh.node.pump import Pump
+from mesh.node.record import Record, save_record
+from mesh.node.shelf import Shelf
+from mesh.node.status import Counts, build_status
+from mesh.notice import View
+from mesh.proxy.ingress import Proxy
+from mesh.proxy.tcp import open_tcp
+from mesh.proxy.upstream import Route
+from mesh.supervise.core import State
+from mesh.supervise.runner import EngineRunner
+from mesh.transport.endpoint import Endpoint
+from mesh.transport.lane import Connection, Stream
+from mesh.tunnel.host import HostTunnels
+from mesh.tunnel.member import HttpTunnel, WorkerTunnel
+from mesh.wire.facts import NO_EPOCH, Epoch, Layout, NodeFacts, NodeId
+from mesh.wire.messages import (
+    Control,
+    EngineDown,
+    LoadProgress,
+    Open,
+    OpenHttp,
+    OpenRpc,
+    Refused,
+    Serving,
+    WorkerReady,
+)
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 10.0
+"""How often free memory is looked at again while nothing of ours is loaded."""
+
+
+class Node:
+    """A member or a lite client, from ``start`` to ``stop``.
+
+    Args:
+        endpoint: already listening; its ``on_connection`` must call :meth:`accept`.
+        engine: None on a lite client.
+        model: the one this node was started for, or None.
+        addresses: where others may reach this node.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        key: NodeKey,
+        record: Record,
+        endpoint: Endpoint,
+        addresses: tuple[str, ...],
+        engine: Engine | None,
+        model: LocalModel | None,
+        view: View,
+        clock: Clock,
+    ) -> None:
+        self.settings = settings
+        self.key = key
+        self.record = record
+        self.view = view
+        self.invites = InviteBook(settings.state_dir / "invites.json")
+        self._clock = clock
+        self._engine = engine
+        self._shelf = Shelf(model, engine, view, self._tell_facts)
+        self._own = OwnFacts(settings, key.id, engine, addresses, model, clock)
+        self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view())
+        self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
+        self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
+        self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
+        self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
+        self.links = Links(
+            endpoint,
+            key,
+            record.roster(),
+            clock,
+            Callbacks(
+                on_up=self._link_up,
+                on_down=self._link_down,
+                on_message=self._received,
+                on_bulk=self._bulk_opened,
+                on_roster_changed=self.save,
+                on_expelled=self._expelled,
+            ),
+            facts=lambda: self.facts,
+            members=record.members,
+            mesh_name=record.name,
+            invites=self.invites if settings.role == "worker" else None,
+            random=random.random,
+        )
+        self.proxy = Proxy(clock)
+        self._tunnels = HostTunnels(self.links.open_bulk)
+        self._worker_tunnel = WorkerTunnel(
+            lambda epoch: self._runner.rpc_endpoint(self._engine_epoch(epoch)), self._election.may_carry
+        )
+        self._http_tunnel = HttpTunnel(lambda epoch: self._runner.http_port(self._engine_epoch(epoch)))
+        self._runner = EngineRunner(
+            key.id,
+            state_dir=settings.state_dir,
+            rpc_command=self._rpc_command,
+            server_command=self._server_command,
+            tunnels=self._tunnels,
+            worker_side=self._worker_tunnel,
+            clock=clock,
+            tell_host=self._rpc_server_listens,
+            announce=self._engine_says,
+        )
+        self._launched: Epoch = NO_EPOCH
+        """The number under which the engine was started; a layout may go on under newer ones."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+        self.on_expelled: Callable[[str], None] = lambda reason: None
+
+    # -- what others ask -----------------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> NodeFacts:
+        """What this node tells of itself."""
+        return self._own.facts(self._shelf.costs)
+
+    def accept(self, connection: Connection) -> None:
+        """Somebody dialed us."""
+        self.links.accept(connection)
+
+    def status(self) -> dict[str, Any]:
+        """The contract's status."""
+        counted = self.proxy.counters
+        counts = Counts(counted.active, counted.held, counted.completed, counted.resumed, counted.failed)
+        seen = self._membership.view()
+        return build_status(self.facts, self.record.mesh, seen, self._election.status(), self.links.peers(), counts)
+
+    def plan_now(self) -> election.Planned:
+        """What would be planned over the members of this moment; nothing is carried out."""
+        seen = self._membership.view()
+        request = election.NeedPlan(0, seen.facts, self._election.status().layout, {}, seen.cuts)
+        return answer_plan(request, self.key.id, self._round_trips())
+
+    def find_member(self, name_or_id: str) -> NodeFacts | None:
+        """A member by its id, the beginning of it, or its name when only one bears it."""
+        seen = self._membership.view()
+        known = (*seen.facts, *(gone.facts for gone in seen.departed))
+        found = [facts for facts in known if facts.id == name_or_id or facts.name == name_or_id]
+        found = found or [facts for facts in known if len(name_or_id) >= 4 and facts.id.startswith(name_or_id)]
+        return found[0] if len(found) == 1 else None
+
+    def narrate(self, api_url: str, make_invite: Callable[[], dict[str, Any]] | None) -> None:
+        """Where people find this node's API, and how they let the next machine in."""
+        self._narrator.api_url = api_url
+        if make_invite is not None:
+            self._narrator.invite = lambda: f"mesh up --join {make_invite()['token']}"
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Sweep what an earlier run left behind, then begin to take part."""
+        swept = await self._runner.start()
+        self._narrator.swept(len(swept))
+        self._own.measure()
+        self._members.feed(membership.FactsChanged(self.facts))
+        self._electing.feed(election.ViewChanged(self._membership.view()))
+        self.links.start()
+        self._spawn(self._refresh())
+
+    async def stop(self, reason: str) -> None:
+        """Say good-bye, end the engine, close every link. Nothing of this node runs when it returns."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._members.feed(membership.Leave(reason))
+        self._electing.feed(election.Shutdown())
+        self._electing.stop()
+        self._members.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(
+            self._shelf.close(), self.proxy.close(), self._runner.stop(), self.links.close(reason),
+            return_exceptions=True,
+        )  # fmt: skip
+        self._http_tunnel.close()
+
+    def save(self) -> None:
+        """Write down who belongs and where they are."""
+        roster = self.links.roster
+        self.record = self.record.grown(roster, self.links.members)
+        save_record(self.settings.state_dir, self.record)
+
+    # -- links -> membership -> election -------------------------------------------------------------------------------
+
+    def _link_up(self, peer: NodeId, facts: NodeFacts, connection: Connection) -> None:
+        self._members.feed(membership.LinkUp(peer, facts))
+        self._electing.feed(election.LinkUp(peer))
+
+    def _link_down(self, peer: NodeId, reason: str) -> None:
+        log.info("link to %s is down: %s", peer, reason)
+        self._members.feed(membership.LinkDown(peer, _cause(reason)))
+
+    def _received(self, peer: NodeId, message: Control) -> None:
+        self._members.feed(membership.Received(peer, message))
+        self._electing.feed(election.Received(peer, message))
+        if isinstance(message, LoadProgress):
+            self._loading(message)
+
+    def _expelled(self, peer: NodeId, refused: Refused) -> None:
+        self.on_expelled(refused.message)
+
+    def _membership_effect(self, effect: membership.Effect) -> None:
+        match effect:
+            case membership.Send(peer, message):
+                self.links.send(peer, message)
+            case membership.Broadcast(message):
+                self.links.broadcast(message)
+            case _:
+                self._view_changed(effect)
+
+    def _view_changed(self, effect: membership.Effect) -> None:
+        seen = self._membership.view()
+        self._narrator.member(effect, seen)
+        if isinstance(effect, membership.MemberLost):
+            self._tunnels.drop(effect.node)
+            self.links.drop(effect.node, effect.reason)
+        if isinstance(effect, membership.MemberAlive | membership.MemberFacts):
+            self._shelf.look_for(effect.facts.models)
+        self._electing.feed(election.ViewChanged(seen))
+
+    # -- election -> engine and proxy ----------------------------------------------------------------------------------
+
+    def _election_effect(self, effect: election.Effect) -> None:
+        match effect:
+            case membership.Send(peer, message):
+                self.links.send(peer, message)
+            case membership.Broadcast(message):
+                self.links.broadcast(message)
+            case election.NeedPlan():
+                self._electing.feed(answer_plan(effect, self.key.id, self._round_trips()))
+            case election.Remember(number):
+                self.record = self.record.at(number)
+                save_record(self.settings.state_dir, self.record)
+            case election.Adopt():
+                self._adopt(effect)
+            case election.WorkersReady(epoch):
+                for worker in self._layout_workers():
+                    self._runner.post(supervise.MemberReady(worker, self._engine_epoch(epoch)))
+            case election.Served():
+                self._serve(effect)
+            case election.Unserved(reason):
+                self._narrator.unserved(reason)
+                self._unserve(reason)
+
+    def _adopt(self, adopt: election.Adopt) -> None:
+        self._narrator.adopted(adopt)
+        if adopt.lifts != NO_EPOCH:
+            return  # the same layout under a new number: what runs goes on
+        self._launched = adopt.epoch
+        self._unserve(adopt.reason or "the engine is starting")
+        self._runner.post(supervise.Adopt(adopt.epoch, adopt.layout))
+
+    def _serve(self, served: election.Served) -> None:
+        layout = self._election.status().layout
+        assert layout is not None, "the election serves what it follows"
+
+        async def open_engine() -> Stream:
+            if served.host == self.key.id:
+                port = self._runner.http_port(self._engine_epoch(served.epoch))
+                return await open_tcp("127.0.0.1", port or 0)
+            return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
+
+        self.proxy.serve(Route(served.epoch, served.host, served.api_key, layout.model.name, open_engine))
+        self._narrator.served(layout)
+
+    def _unserve(self, reason: str) -> None:
+        layout = self._election.status().layout
+        self.proxy.unserve(reason, model_name=None if layout is None else layout.model.name)
+
+    def _engine_epoch(self, epoch: Epoch) -> Epoch:
+        return self._launched if self._election.covers(epoch) else epoch
+
+    def _layout_workers(self) -> tuple[NodeId, ...]:
+        layout = self._election.status().layout
+        return () if layout is None else tuple(member.id for member in layout.workers)
+
+    # -- engine -> election --------------------------------------------------------------------------------------------
+
+    def _rpc_server_listens(self, host: NodeId, message: WorkerReady) -> None:
+        self._electing.feed(election.EngineListening(message.epoch))
+
+    def _engine_says(self, message: Serving | EngineDown | LoadProgress) -> None:
+        match message:
+            case Serving(epoch, api_key):
+                self._electing.feed(election.EngineServing(epoch, api_key))
+            case EngineDown(epoch, reason):
+                self._electing.feed(election.EngineFailed(epoch, reason))
+            case LoadProgress():
+                self.links.broadcast(message)
+                self._loading(message)
+
+    def _loading(self, message: LoadProgress) -> None:
+        self._narrator.loading(message)
+        if message.node != self.key.id:
+            self._runner.post(supervise.MemberLoading(message.node, self._engine_epoch(message.epoch)))
+
+    def _rpc_command(self, layout: Layout, port: int, secret: bytes) -> Launch:
+        engine, files = self._equipment(layout)
+        share = next(member for member in layout.ring if member.id == self.key.id)
+        return rpc_server_command(
+            engine, port, threads=self.facts.threads, model_files=files, fingerprint=layout.model.fingerprint,
+            device=share.device,
+        )  # fmt: skip
+
+    def _server_command(
+        self, layout: Layout, port: int, endpoints: Sequence[str], secret: bytes, api_key: str
+    ) -> Launch:
+        engine, files = self._equipment(layout)
+        return llama_server_command(
+            engine,
+            layout,
+            files[0],
+            port,
+            endpoints,
+            threads=self.facts.threads,
+            rpc_secret=secret,
+            api_key=api_key,
+            gpu_layers=self.settings.gpu_layers,
+        )
+
+    def _equipment(self, layout: Layout) -> tuple[Engine, tuple[Path, ...]]:
+        file = self._shelf.file(layout.model.fingerprint)
+        if self._engine is None or file is None:
+            raise MeshError(f"this node was given layers of {layout.model.name}, but has no copy of it")
+        return self._engine, file.paths
+
+    # -- streams -------------------------------------------------------------------------------------------------------
+
+    def _bulk_opened(self, peer: NodeId, request: Open, stream: Stream) -> None:
+        match request:
+            case OpenRpc():
+                self._spawn(self._worker_tunnel.serve(peer, request, stream))
+            case OpenHttp():
+                self._spawn(self._http_tunnel.serve(peer, request, stream))
+            case _:
+                stream.abort()
+
+    # -- itself --------------------------------------------------------------------------------------------------------
+
+    def _tell_facts(self) -> None:
+        self._members.feed(membership.FactsChanged(self.facts))
+
+    async def _refresh(self) -> None:
+        """Look at free memory while nothing of ours is in it, and tell when it has really changed."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            if self._runner.state is State.IDLE and self._own.measure():
+                self._tell_facts()
+
+    def _round_trips(self) -> dict[NodeId, float]:
+        return {peer: link.rtt_ms for peer, link in self.links.peers().items() if link.rtt_ms is not None}
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _cause(reason: str) -> membership.Down:
+    if "timeout" in reason.lower():
+        return membership.Down.TIMEOUT
+    return membership.Down.CLOSED

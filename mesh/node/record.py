@@ -1,0 +1,65 @@
+"""What a node keeps of its mesh between two runs: how it belongs, whom it knows, and the last epoch it followed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from mesh.identity.grants import Roster, found_mesh
+from mesh.identity.key import NodeKey
+from mesh.identity.store import load, save
+from mesh.membership.join import JoinResult
+from mesh.wire.facts import MeshId
+from mesh.wire.messages import Grant, MemberAddress, Revocation
+
+RECORD_FILE = "mesh.json"
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One mesh this node belongs to."""
+
+    mesh: MeshId
+    name: str
+    founder: bytes
+    grants: tuple[Grant, ...]
+    revocations: tuple[Revocation, ...] = ()
+    members: tuple[MemberAddress, ...] = ()
+    epoch: int = 0
+    """The highest epoch number followed: never to be followed back."""
+
+    def roster(self) -> Roster:
+        return Roster(self.mesh, self.founder, self.grants, self.revocations)
+
+    def grown(self, roster: Roster, members: tuple[MemberAddress, ...]) -> Record:
+        """With what was learned of who belongs and where they are."""
+        return msgspec.structs.replace(self, grants=roster.grants, revocations=roster.revocations, members=members)
+
+    def at(self, epoch: int) -> Record:
+        return msgspec.structs.replace(self, epoch=epoch)
+
+
+def found(key: NodeKey, name: str, wall: float) -> Record:
+    """A new mesh around this node."""
+    return Record(mesh=key.id, name=name, founder=key.public, grants=(found_mesh(key, wall),))
+
+
+def from_join(joined: JoinResult) -> Record:
+    """The mesh that let us in."""
+    return Record(joined.mesh, joined.mesh_name, joined.founder, joined.grants, members=joined.members)
+
+
+def load_record(state_dir: Path) -> Record | None:
+    """Raises:
+    StateError: there is one, but it cannot be read.
+    """
+    return load(state_dir / RECORD_FILE, Record)
+
+
+def save_record(state_dir: Path, record: Record) -> None:
+    save(state_dir / RECORD_FILE, record)
+
+
+def forget_record(state_dir: Path) -> None:
+    """Leave for good: only the key stays."""
+    (state_dir / RECORD_FILE).unlink(missing_ok=True)

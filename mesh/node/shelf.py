@@ -1,0 +1,113 @@
+"""Which models this node can carry: those it was started with, and copies it finds of what others serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+from mesh.engine.cache import Engine
+from mesh.errors import MeshError
+from mesh.models.demo import DEMO_VERSION
+from mesh.models.gguf import ModelFile
+from mesh.models.inventory import Inventory
+from mesh.node.prepare import LocalModel, ensure_demo, measure
+from mesh.notice import Notice, View
+from mesh.wire.facts import Fingerprint, ModelCost
+
+log = logging.getLogger(__name__)
+MAX_MODELS = 16
+
+
+class Shelf:
+    """Models on this disk, by fingerprint. Looks for each foreign model once, in a thread of its own.
+
+    Args:
+        engine: of which the demo model takes its vocabulary; None on a lite client, which carries nothing.
+        on_found: told after a copy was found, so that the others can be.
+    """
+
+    def __init__(
+        self, first: LocalModel | None, engine: Engine | None, view: View, on_found: Callable[[], None]
+    ) -> None:
+        self._models: dict[Fingerprint, LocalModel] = {}
+        if first is not None:
+            self._models[first.cost.fingerprint] = first
+        self._engine = engine
+        self._view = view
+        self._on_found = on_found
+        self._looked_for: set[Fingerprint] = set(self._models)
+        self._searches: set[asyncio.Task[None]] = set()
+
+    @property
+    def costs(self) -> tuple[ModelCost, ...]:
+        return tuple(model.cost for model in self._models.values())[:MAX_MODELS]
+
+    def file(self, fingerprint: Fingerprint) -> ModelFile | None:
+        model = self._models.get(fingerprint)
+        return None if model is None else model.file
+
+    def look_for(self, wanted: Iterable[ModelCost]) -> None:
+        """Search this disk for models that others have, unless that was done before."""
+        if self._engine is None:
+            return
+        for cost in wanted:
+            if cost.fingerprint not in self._looked_for and len(self._models) < MAX_MODELS:
+                self._looked_for.add(cost.fingerprint)
+                search = asyncio.ensure_future(self._search(cost))
+                self._searches.add(search)
+                search.add_done_callback(self._searches.discard)
+
+    async def close(self) -> None:
+        for search in self._searches:
+            search.cancel()
+        await asyncio.gather(*self._searches, return_exceptions=True)
+
+    async def _search(self, cost: ModelCost) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await asyncio.to_thread(_find, cost, self._engine, _InLoop(self._view, loop))
+        except MeshError as error:
+            log.warning("looking for %s: %s", cost.name, error.message)
+            self._view.show(Notice("warning", f"{cost.name}: {error.message}"))
+            return
+        if found is None:
+            self._view.show(
+                Notice(
+                    "model",
+                    f"no copy of {cost.name} (fingerprint {cost.fingerprint[:8]}) on this disk: this machine stands by"
+                    f" until it has one in {Inventory().directories[0]}, or is started with --model FILE",
+                )
+            )
+            return
+        self._models[cost.fingerprint] = found
+        self._view.show(Notice("model", f"{found.cost.name} is on this disk, fingerprint matches"))
+        self._on_found()
+
+
+class _InLoop:
+    """A view for a thread: what it shows is shown by the event loop."""
+
+    def __init__(self, view: View, loop: asyncio.AbstractEventLoop) -> None:
+        self._view = view
+        self._loop = loop
+
+    def show(self, notice: Notice) -> None:
+        self._loop.call_soon_threadsafe(self._view.show, notice)
+
+    def progress(self, label: str, done: float, total: float, unit: str = "B") -> None:
+        self._loop.call_soon_threadsafe(self._view.progress, label, done, total, unit)
+
+    def close(self) -> None:
+        pass
+
+
+def _find(cost: ModelCost, engine: Engine | None, view: View) -> LocalModel | None:
+    label = f"checking {cost.name}"
+    file = Inventory().find_like(cost, lambda done, total: view.progress(label, done, total))
+    if file is not None:
+        return LocalModel(file, cost)
+    if cost.demo_version == DEMO_VERSION and engine is not None:
+        made = measure(ensure_demo(engine, view), view)
+        return made if made.cost.fingerprint == cost.fingerprint else None
+    return None

@@ -1,0 +1,136 @@
+"""The contract's status, from what each room knows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mesh.election.events import Status as Election
+from mesh.membership.view import Member, View
+from mesh.wire.facts import Layout, NodeFacts, NodeId
+
+
+class Link(Protocol):
+    """What is shown of a connection."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def rtt_ms(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Requests that came in on this node, by what became of them."""
+
+    active: int
+    held: int
+    completed: int
+    resumed: int
+    failed: int
+
+
+def build_status(
+    me: NodeFacts, mesh: str, view: View, election: Election, links: Mapping[NodeId, Link], counts: Counts
+) -> dict[str, Any]:
+    """The object of ``GET /mesh/status``; see the README for its fields."""
+    return {
+        "node": {
+            "id": me.id,
+            "name": me.name,
+            "role": role_in(me, election.layout),
+            "version": me.mesh_version,
+            "engine": {"build": me.engine, "backend": me.backend},
+        },
+        "mesh": {
+            "id": mesh,
+            "epoch": election.epoch.number,
+            "state": election.state,
+            "reason": election.reason,
+        },
+        "layout": None if election.layout is None else _layout(election.layout),
+        "peers": [
+            *(_peer(member, election, links.get(member.id)) for member in view.members if member.id != me.id),
+            *(_gone(gone.facts, gone.reason) for gone in view.departed),
+        ],
+        "requests": {
+            "active": counts.active,
+            "held": counts.held,
+            "completed": counts.completed,
+            "resumed": counts.resumed,
+            "failed": counts.failed,
+        },
+    }
+
+
+def role_in(facts: NodeFacts, layout: Layout | None) -> str:
+    """``client``, ``host``, ``worker``, or ``standby`` for a worker that carries nothing now."""
+    if facts.role == "client":
+        return "client"
+    if layout is not None and layout.host == facts.id:
+        return "host"
+    if layout is not None and any(member.id == facts.id for member in layout.ring):
+        return "worker"
+    return "standby"
+
+
+def memory_bytes(facts: NodeFacts) -> int:
+    """What a node offers: free memory of its devices, within the bound its owner set."""
+    free = sum(device.free_bytes for device in facts.devices)
+    return min(free, facts.budget_bytes) if facts.budget_bytes else free
+
+
+def _layout(layout: Layout) -> dict[str, Any]:
+    return {
+        "mode": layout.mode,
+        "host": layout.host,
+        "model": {
+            "name": layout.model.name,
+            "fingerprint": layout.model.fingerprint,
+            "size_bytes": layout.model.size_bytes,
+            "n_layers": layout.model.n_layers,
+        },
+        "ring": [
+            {
+                "id": member.id,
+                "name": member.name,
+                "layers": None if member.layers is None else list(member.layers),
+                "bytes": member.bytes,
+                "device": member.device,
+            }
+            for member in layout.ring
+        ],
+        "predicted_ms_per_token": round(layout.predicted_ms_per_token, 1),
+    }
+
+
+def _peer(member: Member, election: Election, link: Link | None) -> dict[str, Any]:
+    facts = member.facts
+    return {
+        "id": facts.id,
+        "name": facts.name,
+        "role": role_in(facts, election.layout),
+        "state": member.state,
+        "path": None if link is None else link.path,
+        "address": None if link is None else link.address,
+        "rtt_ms": None if link is None or link.rtt_ms is None else round(link.rtt_ms, 2),
+        "memory_bytes": memory_bytes(facts),
+        "excluded": election.excluded.get(facts.id),
+    }
+
+
+def _gone(facts: NodeFacts, reason: str) -> dict[str, Any]:
+    return {
+        "id": facts.id,
+        "name": facts.name,
+        "role": "client" if facts.role == "client" else "standby",
+        "state": "left",
+        "path": None,
+        "address": None,
+        "rtt_ms": None,
+        "memory_bytes": memory_bytes(facts),
+        "excluded": reason,
+    }
