@@ -44,6 +44,8 @@ class Lab:
         nodes: names of the machines (lowercase letters and digits).
         link: of every pair, by name, spelt out (see :func:`bench.lab.links.parse_link`), or a :class:`Link`.
         ipv6: give every machine an IPv6 address too.
+        cores: how many CPU cores a machine's programs may use (dealt in turn); None for all. Without it, waiting
+            threads of one machine's engine spin on the cores that another machine computes with.
         congestion: TCP congestion control in the machines; what most people's systems use, whatever this one does.
         seed: of loss and jitter.
 
@@ -58,6 +60,7 @@ class Lab:
         *,
         mtu: int = 1500,
         ipv6: bool = False,
+        cores: int | None = None,
         congestion: str = "cubic",
         seed: int = 1,
     ) -> None:
@@ -65,6 +68,7 @@ class Lab:
         if len(set(self.nodes)) != len(self.nodes) or not all(re.fullmatch("[a-z0-9]{1,12}", n) for n in self.nodes):
             raise LabError(f"machine names are distinct, of 1 to 12 lowercase letters and digits: {nodes}")
         self._link = _as_link(link)
+        self._cores = cores
         self._mtu, self._ipv6, self._congestion, self._seed = mtu, ipv6, congestion, seed
         self._prefix = namespaces.group_prefix(os.getpid(), next(_serials))
         self._lock = threading.Lock()
@@ -240,8 +244,13 @@ class Lab:
 
     def _command(self, node: str, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
         # It becomes the program itself: the pid the caller sees is the program's.
-        entered = f"--net={namespaces.path_of(self.namespace(node))}"
-        return ["nsenter", entered, "--", *(os.fspath(word) for word in argv)]
+        command = ["nsenter", f"--net={namespaces.path_of(self.namespace(node))}", "--"]
+        if self._cores is not None:
+            ours = sorted(os.sched_getaffinity(0))
+            first = self.nodes.index(node) * self._cores
+            dealt = {ours[(first + n) % len(ours)] for n in range(self._cores)}
+            command += ["taskset", "-c", ",".join(map(str, sorted(dealt)))]
+        return [*command, *(os.fspath(word) for word in argv)]
 
     def _interfaces(self, node: str) -> list[str]:
         return [f"{self.address(node)}/24"] + ([f"{self.address(node, ipv6=True)}/64"] if self._ipv6 else [])
