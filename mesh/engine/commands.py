@@ -44,6 +44,7 @@ def llama_server_command(
     api_key: str = "",
     gpu_layers: int | None = None,
     embeddings: bool = True,
+    prompt_cache_mib: int = 0,
 ) -> Launch:
     """The host's server.
 
@@ -54,6 +55,8 @@ def llama_server_command(
         rpc_secret: what every worker's server of this epoch expects, 16 to 64 bytes.
         gpu_layers: in solo mode on a GPU, how many layers (the last ones) it takes; None for all.
         embeddings: answer ``/v1/embeddings`` too, by the mean over all tokens; costs ``512 * n_vocab * 4`` bytes.
+        prompt_cache_mib: in solo mode, memory beyond the layout's for the caches of conversations that lost their slot;
+            the engine's own default is 8 GB, which no layout counts.
 
     Raises:
         EngineError: the layout does not carry every layer exactly once, or names more devices than the engine takes, or
@@ -71,12 +74,13 @@ def llama_server_command(
     env: dict[str, str] = {}
     if layout.workers:
         argv += split_arguments(layout, endpoints)
-        # Prompts saved to host memory, and checkpoints, would drag the KV cache through the network.
+        # Prompts saved to host memory, and checkpoints, would drag the KV cache through the network. A mapped file
+        # would be read in whole, the workers' layers included.
         argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
         env["MESH_GGUF_ID"] = layout.model.fingerprint
         env["MESH_RPC_SECRET"] = _secret(rpc_secret)
     else:
-        argv += solo_arguments(layout.ring[0], gpu_layers)
+        argv += [*solo_arguments(layout.ring[0], gpu_layers), "-cram", str(prompt_cache_mib)]
     if api_key:
         env["LLAMA_API_KEY"] = api_key
     return Launch(tuple(argv), env)
