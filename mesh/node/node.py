@@ -333,9 +333,14 @@ class Node:
         engine, files = self._equipment(layout)
         share = next(member for member in layout.ring if member.id == self.key.id)
         return rpc_server_command(
-            engine, port, threads=self.facts.threads, model_files=files, fingerprint=layout.model.fingerprint,
+            engine,
+            port,
+            threads=self.facts.threads,
+            model_files=files,
+            fingerprint=layout.model.fingerprint,
+            rpc_secret=secret,
             device=share.device,
-        )  # fmt: skip
+        )
 
     def _server_command(
         self, layout: Layout, port: int, endpoints: Sequence[str], secret: bytes, api_key: str
