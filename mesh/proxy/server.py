@@ -134,7 +134,9 @@ def _listener(host: str, port: int, *, optional: bool) -> socket.socket | None:
     try:
         # asyncio turns Nagle's delay off only where the protocol is spelled out; with it, small answers take 40 ms.
         sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        if sys.platform != "win32":  # there it would let two programs share a port
+        if sys.platform == "win32":  # where SO_REUSEADDR lets any program take the port over
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
