@@ -73,6 +73,7 @@ class PeerConnection:
         self._on_stream: Callable[[Stream], None] | None = None
         self._on_close: Callable[[str], None] | None = None
         self._early_streams: list[QuicStream] = []
+        self._openers: list[asyncio.Future[None]] = []
         self._close_told = False
 
     def __repr__(self) -> str:
@@ -111,6 +112,10 @@ class PeerConnection:
             self._loop.call_soon(self._tell_close)
 
     async def open_stream(self) -> QuicStream:
+        while not self.closed and not self.quic.may_open_stream():
+            turn = self._loop.create_future()
+            self._openers.append(turn)
+            await turn
         if self.closed:
             raise TransportError(f"the connection to {self.peer} is closed: {self._reason}", code="closed")
         stream_id = self.quic.reserve_stream()
@@ -156,13 +161,20 @@ class PeerConnection:
 
     # -- called by the endpoint --------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, addr: Addr, now: float) -> None:
-        """One datagram; call :meth:`process` after a batch of them."""
+    def receive(self, data: bytes, addr: Addr, now: float) -> bool:
+        """One datagram; call :meth:`process` after a batch of them. Returns whether it was the peer's own."""
         quic = self.quic
         quic.receive_datagram(data, addr, now)
-        if quic.heard:
-            quic.heard = False
-            self.last_heard = self._clock.now()
+        if not quic.heard:
+            return False
+        quic.heard = False
+        self.last_heard = self._clock.now()
+        return True
+
+    @property
+    def is_blank(self) -> bool:
+        """Not one packet of the peer has passed authentication."""
+        return not self.quic.ever_heard
 
     def process(self) -> None:
         """Act on what was received or timed out, and send what there is to send."""
@@ -175,8 +187,11 @@ class PeerConnection:
             reason = quic.close_reason
             if reason is not None:
                 self._finish(reason)
-            elif self.waiting_writers:
-                self._wake_writers()
+            else:
+                if self.waiting_writers:
+                    self._wake_writers()
+                if self._openers and self.quic.may_open_stream():
+                    self._wake_openers()
         if not self._gone:
             self.transmit()
 
@@ -235,6 +250,12 @@ class PeerConnection:
         for stream in list(self.waiting_writers):
             if self.quic.unsent(stream.id) <= SEND_BUFFER // 2:
                 stream.room_again()
+
+    def _wake_openers(self) -> None:
+        openers, self._openers = self._openers, []
+        for turn in openers:  # each looks again whether there is room for it
+            if not turn.done():
+                turn.set_result(None)
 
     def _handle(self, event: events.QuicEvent) -> None:
         if isinstance(event, events.StreamDataReceived):
@@ -314,6 +335,7 @@ class PeerConnection:
             stream.lose(f"the connection to {self.peer} is closed: {reason}")
         self._streams.clear()
         self.waiting_writers.clear()
+        self._wake_openers()
         self._loop.call_soon(self._tell_close)
         if not self.established:
             self._router.ready(self)

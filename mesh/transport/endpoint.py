@@ -174,10 +174,13 @@ class Endpoint(Router):
             connection = self._route(udp, data)
             if connection is None:
                 continue
-            connection.socket = udp
-            touched[connection] = None
             try:
-                connection.receive(data, addr, now)
+                if connection.receive(data, addr, now):
+                    connection.socket = udp
+                elif connection in self._half_open and connection.is_blank:
+                    connection.drop()  # noise that looked like a first packet
+                    continue
+                touched[connection] = None
             except Exception:
                 # Whatever a peer can provoke costs that peer its connection, and nobody else theirs.
                 log.exception("a datagram from %s broke its connection", addr[0])

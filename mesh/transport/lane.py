@@ -100,8 +100,10 @@ class Connection(Protocol):
     def closed(self) -> bool: ...
 
     async def open_stream(self) -> Stream:
-        """Raises:
-        TransportError: the connection is closed.
+        """A new stream; waits while the peer allows no more of them at once (128 on the QUIC lane).
+
+        Raises:
+            TransportError: the connection is closed.
         """
         ...
 

@@ -71,6 +71,7 @@ class PinnedQuic(QuicConnection):
         super().__init__(configuration=configuration, original_destination_connection_id=original_destination_cid)
         self.heard = False
         """Set when a packet passed authentication; the reader clears it."""
+        self.ever_heard = False
         self._consumed = 0
         self._window = STRANGER_WINDOW
         self._stream_window = STRANGER_WINDOW
@@ -112,8 +113,12 @@ class PinnedQuic(QuicConnection):
             return None
         return public.public_bytes(Encoding.Raw, PublicFormat.Raw) if isinstance(public, Ed25519PublicKey) else None
 
+    def may_open_stream(self) -> bool:
+        """Does the peer allow one more stream now? Touching one it does not allow ends the connection."""
+        return self._local_next_stream_id_bidi // 4 < self._remote_max_streams_bidi
+
     def reserve_stream(self) -> int:
-        """The id of a new bidirectional stream of ours."""
+        """The id of a new bidirectional stream of ours; only while :meth:`may_open_stream`."""
         stream_id = self.get_next_available_stream_id()
         self.send_stream_data(stream_id, b"")
         return stream_id
@@ -175,7 +180,7 @@ class PinnedQuic(QuicConnection):
     def _payload_received(
         self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
     ) -> tuple[bool, bool]:
-        self.heard = True
+        self.heard = self.ever_heard = True
         return super()._payload_received(context, plain, crypto_frame_required)
 
     def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
