@@ -129,6 +129,10 @@ class MeshNode:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def forget(self) -> None:
+        """The process ended by itself."""
+        self._close()
+
     def _close(self) -> None:
         if self._output is not None:
             self._output.close()
