@@ -39,6 +39,9 @@ DEMO_VERSION = 1
 DEMO_SHA256 = "3fcfdd5c434ef99771c51b55ab28026f47f3475cb9a28d2d3e311f44869197b5"
 """Fingerprint of ``write_demo(path, vocab)`` with the engine's ``ggml-vocab-llama-spm.gguf``."""
 DEMO_NAME = "mesh-demo"
+DEMO_PROMPT = "Hello"
+DEMO_TEXT = " many prz union cell files fragment trib vier"
+"""What greedily follows :data:`DEMO_PROMPT`, in any precision and division: a ring that says it computes rightly."""
 
 HEAD = 64
 OFFSETS = (1, 2, 3, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,17 @@ import pytest
 from mesh.engine.cache import find_engine
 from mesh.errors import MeshError, ModelError
 from mesh.models import demo, write
-from mesh.models.demo import DEMO_SHA256, DEMO_VERSION, HEAD, OFFSETS, PRESETS, ROPE_BASE, write_demo
+from mesh.models.demo import (
+    DEMO_PROMPT,
+    DEMO_SHA256,
+    DEMO_TEXT,
+    DEMO_VERSION,
+    HEAD,
+    OFFSETS,
+    PRESETS,
+    ROPE_BASE,
+    write_demo,
+)
 from mesh.models.fingerprint import fingerprint
 from mesh.models.gguf import inspect
 from mesh.models.header import read_header
@@ -112,16 +123,32 @@ class Reference:
             w = {name.split(".", 2)[2]: v for name, v in self.w.items() if name.startswith(f"blk.{layer}.")}
             x = norm(h, w["attn_norm.weight"])
             q, k, v = (x @ w[f"attn_{part}.weight"].T for part in "qkv")
-            q, k = (((m[:, ::2] + 1j * m[:, 1::2]) * turn) for m in (q, k))
-            scores = (q @ k.conj().T).real / np.sqrt(HEAD)
-            scores[at[:, None] < at[None, :]] = -np.inf
-            weight = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weight /= weight.sum(axis=1, keepdims=True)
-            h = h + weight @ v @ w["attn_output.weight"].T
+            heads = [self.attend(*part, turn) for part in self.heads(q, k, v)]
+            h = h + np.concatenate(heads, axis=1) @ w["attn_output.weight"].T
             x = norm(h, w["ffn_norm.weight"])
             gate, up = x @ w["ffn_gate.weight"].T, x @ w["ffn_up.weight"].T
             h = h + (gate / (1 + np.exp(-gate)) * up) @ w["ffn_down.weight"].T
         out: Floats = norm(h, self.w["output_norm.weight"])[-1] @ self.w["output.weight"].T
+        return out
+
+    @staticmethod
+    def heads(q: Floats, k: Floats, v: Floats) -> Iterator[tuple[Floats, Floats, Floats]]:
+        """Each query head with the keys and values of its group."""
+        n_query, n_key = q.shape[1] // HEAD, k.shape[1] // HEAD
+        for head in range(n_query):
+            own, shared = slice(head * HEAD, (head + 1) * HEAD), head * n_key // n_query
+            group = slice(shared * HEAD, (shared + 1) * HEAD)
+            yield q[:, own], k[:, group], v[:, group]
+
+    @staticmethod
+    def attend(q: Floats, k: Floats, v: Floats, turn: npt.NDArray[np.complex128]) -> Floats:
+        at = np.arange(len(q))
+        turned = [(m[:, ::2] + 1j * m[:, 1::2]) * turn for m in (q, k)]
+        scores = (turned[0] @ turned[1].conj().T).real / np.sqrt(HEAD)
+        scores[at[:, None] < at[None, :]] = -np.inf
+        weight = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weight /= weight.sum(axis=1, keepdims=True)
+        out: Floats = weight @ v
         return out
 
     def greedy(self, prompt: list[int], n: int, skip: int | None = None) -> list[int]:
@@ -165,16 +192,30 @@ def test_text_depends_on_earlier_tokens(tiny: Path) -> None:
     assert model.logits([7, 90, 110, 41]).argmax() != model.logits([7, 91, 110, 41]).argmax()
 
 
-@pytest.mark.engine
-def test_the_demo_model_is_byte_identical_everywhere(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def vocab() -> Path:
     try:
         engine = find_engine()
     except MeshError as error:
         pytest.skip(f"no engine: {error.message}")
     if engine is None:
-        pytest.skip("no engine")
+        pytest.skip("no engine is built")
+    return engine.vocab("llama-spm")
+
+
+@pytest.mark.engine
+def test_the_demo_model_is_byte_identical_everywhere(vocab: Path, tmp_path: Path) -> None:
     start = time.monotonic()
-    model = write_demo(tmp_path / "demo.gguf", engine.vocab("llama-spm"))
+    model = write_demo(tmp_path / "demo.gguf", vocab)
     assert time.monotonic() - start < 10
     assert fingerprint(model.paths) == DEMO_SHA256
-    assert demo.PRESETS["demo"].n_layers == model.n_layers == 12
+    assert (model.n_layers, model.n_vocab, model.has_chat_template) == (12, 32000, True)
+
+
+@pytest.mark.engine
+def test_the_demo_model_says_what_it_always_says(vocab: Path, tmp_path: Path) -> None:
+    model = Reference(write_demo(tmp_path / "demo.gguf", vocab).paths[0])
+    tokens = demo._tokens(read_header(vocab))
+    prompt = [tokens.index("<s>"), tokens.index(f"▁{DEMO_PROMPT}")]
+    text = "".join(tokens[t] for t in model.greedy(prompt, 8)).replace("▁", " ")
+    assert text == DEMO_TEXT
