@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from pathlib import Path
 
 import platformdirs
 
 from bench.measure import BenchError
-from mesh.models.demo import DEMO_VERSION, PRESETS, write_demo
+from mesh.models.demo import PRESETS, write_demo
+
+_FORGOTTEN_AFTER_S = 86400.0
 
 
 def find_model(name: str, vocabularies: Path) -> Path:
@@ -25,11 +29,14 @@ def find_model(name: str, vocabularies: Path) -> Path:
     directory = Path(platformdirs.user_cache_dir("mesh-bench", appauthor=False))
     directory.mkdir(parents=True, exist_ok=True)
     # The generator's version only counts for one preset; its source covers the others too.
-    source = Path(write_demo.__code__.co_filename).stat()
-    path = directory / f"{name}-v{DEMO_VERSION}-{source.st_mtime_ns:x}.gguf"
-    if not path.exists():
-        for old in directory.glob(f"{name}-v*.gguf"):
-            old.unlink()
+    source = hashlib.sha256(Path(write_demo.__code__.co_filename).read_bytes()).hexdigest()[:12]
+    path = directory / f"{name}-{source}.gguf"
+    if path.exists():
+        path.touch()
+    else:
+        for old in directory.glob("*.gguf"):
+            if time.time() - old.stat().st_mtime > _FORGOTTEN_AFTER_S:  # a bench may be using a younger one
+                old.unlink()
         partial = path.with_suffix(f".{os.getpid()}.gguf")
         write_demo(partial, vocabularies / "ggml-vocab-llama-spm.gguf", preset=name)
         partial.replace(path)
