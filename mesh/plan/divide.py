@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from mesh.plan.costs import Costs
@@ -20,24 +21,31 @@ def divide(order: Sequence[Seat], costs: Costs, *, spread: bool) -> list[tuple[i
     Args:
         spread: give to each by its speed, a layer or more to the host too, even if fewer machines would be faster.
     """
-    n = costs.n_layers
+    n, weights, needs = costs.n_layers, costs.weights, costs.needs
+    rooms = [seat.usable - costs.fixed(host=i == 0, device=seat.device.kind) for i, seat in enumerate(order)]
+    if min(rooms) < 0:
+        return None
     # least[end]: cost of the best way to put layers 0..end-1 on the members so far.
     least = [0.0] + [math.inf] * n
     choices: list[list[int]] = []
-    for index, seat in enumerate(order):
-        host = index == 0
-        room = seat.usable - costs.fixed(host=host, device=seat.device.kind)
-        fewest = 0 if host and not spread else 1
+    for index, (seat, room) in enumerate(zip(order, rooms, strict=True)):
+        fewest = 0 if index == 0 and not spread else 1
+        # Written out, not called: these loops are nearly all of a plan's time.
+        per_byte, even = 1000 / seat.speed, 0.0 if spread else BALANCE_MS / max(seat.usable, 1) ** 2
+        behind = needs[n] - sum(rooms[index + 1 :])
         after = [math.inf] * (n + 1)
         choice = [-1] * (n + 1)
-        for first in range(n + 1):
-            if least[first] == math.inf or room < 0:
+        for first, cost_before in enumerate(least):
+            if cost_before == math.inf:
                 continue
-            for end in range(first + fewest, n + 1):
-                needed = costs.layers(first, end)
-                if needed > room:
-                    break
-                cost = least[first] + _worth(costs, seat, first, end, host, spread)
+            most = bisect_right(needs, needs[first] + room) - 1
+            # Fewer than that, and the members behind could not carry the rest.
+            enough = max(first + fewest, bisect_left(needs, behind))
+            for end in range(enough, most + 1):
+                read = weights[end] - weights[first]
+                held = needs[end] - needs[first]
+                # Sharing out: a sum of squares over speeds is least when shares are as the speeds.
+                cost = cost_before + read * per_byte * (read if spread else 1) + even * held * held
                 if cost < after[end]:
                     after[end], choice[end] = cost, first
         least = after
@@ -50,12 +58,3 @@ def divide(order: Sequence[Seat], costs: Costs, *, spread: bool) -> list[tuple[i
         ranges.append((choice[end], end))
         end = choice[end]
     return ranges[::-1]
-
-
-def _worth(costs: Costs, seat: Seat, first: int, end: int, host: bool, spread: bool) -> float:
-    ms = costs.compute_ms(first, end, seat.speed, host=host)
-    if spread:
-        # The sum of squares over speeds is least when shares are as the speeds.
-        return ms * (costs.weights[end] - costs.weights[first])
-    load = costs.layers(first, end) / max(seat.usable, 1)
-    return ms + BALANCE_MS * load * load

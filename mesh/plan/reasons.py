@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mesh.config import format_size
 from mesh.plan.costs import Costs, Rtts, rtt
 from mesh.plan.eligible import Seat, seats_of
+from mesh.plan.ring import MAX_RING
 from mesh.wire.facts import ModelCost, NodeFacts
 
 
@@ -35,6 +36,8 @@ def shortage(able: Sequence[NodeFacts], costs: Costs, split: str) -> str:
         (max(options, key=lambda s: s.usable) for node in able if (options := seats_of(node))),
         key=lambda s: (-s.usable, s.id),
     )
+    most = f", {MAX_RING} machines at most" if len(seats) > MAX_RING else ""
+    seats = seats[:MAX_RING]
     if not seats:
         return f"no machine has a device for {costs.model.name}"
     layers = format_size(costs.needs[-1])
@@ -52,12 +55,12 @@ def shortage(able: Sequence[NodeFacts], costs: Costs, split: str) -> str:
     if missing_bytes > 0:
         return (
             f"{costs.model.name} fits nowhere: its layers with their cache need {layers}, and "
-            f"{format_size(missing_bytes)} is missing over all ({where} usable, less buffers on each): "
+            f"{format_size(missing_bytes)} is missing over all ({where} usable, less buffers on each{most}): "
             f"free some memory, {smaller}, or add a machine"
         )
     largest = max(costs.each)
     return (
-        f"{costs.model.name} fits nowhere in whole layers of up to {format_size(largest)} ({where} usable): "
+        f"{costs.model.name} fits nowhere in whole layers of up to {format_size(largest)} ({where} usable{most}): "
         f"free some memory, {smaller}, or add a machine"
     )
 

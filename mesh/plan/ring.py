@@ -12,6 +12,8 @@ EXACT = 8
 """Nodes up to which every subset is weighed, in its shortest order (Held-Karp: 2^7 * 49 steps for each host)."""
 ALL_ORDERS = 5
 """Nodes up to which every order is: layers of different sizes may fit in one order and not in another."""
+MAX_RING = 15
+"""The engine takes fewer than 16 devices."""
 
 
 def ring_ms(order: Sequence[NodeId], rtt_ms: Rtts) -> float:

@@ -17,14 +17,14 @@ from mesh.plan.costs import Costs, Rtts, rtt, sound
 from mesh.plan.divide import divide
 from mesh.plan.eligible import Seat, candidates, seats_of, too_small
 from mesh.plan.reasons import not_needed, shortage, why
-from mesh.plan.ring import EXACT, ring_ms, short_ring, worthwhile_orders
+from mesh.plan.ring import EXACT, MAX_RING, ring_ms, short_ring, worthwhile_orders
 from mesh.wire.facts import Layout, ModelCost, NodeFacts, NodeId, RingMember
 
 DEFAULT_CTX = 4096
 DEFAULT_PARALLEL = 2
 """Slots: one request does not have to wait for another, at the price of a second KV cache."""
-MAX_RING = 15
-"""The engine takes fewer than 16 devices."""
+ENOUGH = 16
+"""Rings to divide when everybody carries something: their bounds are far below what they come to, and say little."""
 MAX_TEXT = 1024
 GAIN = 0.9
 """A running layout gives way to one that takes at most this share of its time."""
@@ -149,11 +149,15 @@ class _Search:
             if bound is not None:
                 bounded.append((bound, len(order), tuple(s.id for s in order), order))
         best: _Ring | None = None
+        divided = 0
         for bound, _, _, order in sorted(bounded, key=lambda b: b[:3]):
-            if best is not None and bound > best.ms + 1e-6:
+            if best is not None and (bound > best.ms + 1e-6 or (spread and divided >= ENOUGH)):
                 break
             ring = self.ring(order, spread)
-            if ring is not None and (best is None or ring.rank() < best.rank()):
+            if ring is None:
+                continue
+            divided += 1
+            if best is None or ring.rank() < best.rank():
                 best = ring
         return best
 
