@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 import httpx
-import psutil
 
 from mesh.cli.output import print_json, print_table
 from mesh.cli.remote import call, get_status
 from mesh.config import format_size
 from mesh.errors import EngineError, MeshError, StateError
-from mesh.node.statedir import Running, find_running
+from mesh.node.statedir import Running, find_running, is_alive
+
+STOP_WITHIN_S = 30.0
 
 
 def invite(state_dir: Path, uses: int, expires_s: float, role: str, as_json: bool) -> None:
@@ -101,14 +102,14 @@ def stop(state_dir: Path, how: str) -> None:
     """
     running = find_running(state_dir)
     call(running, how, {})
-    try:
-        psutil.Process(running.pid).wait(timeout=30)
-    except psutil.NoSuchProcess:
-        pass
-    except psutil.TimeoutExpired as error:
-        raise StateError(
-            f"the node (pid {running.pid}) is still stopping after 30 s", remedy="look at its log: mesh logs"
-        ) from error
+    deadline = time.monotonic() + STOP_WITHIN_S
+    while is_alive(running):
+        if time.monotonic() > deadline:
+            raise StateError(
+                f"the node (pid {running.pid}) is still stopping after {STOP_WITHIN_S:.0f} s",
+                remedy="look at its log: mesh logs",
+            )
+        time.sleep(0.05)
     click.echo("stopped" if how == "down" else "left the mesh and stopped")
 
 

@@ -77,18 +77,25 @@ def remove_running(state_dir: Path) -> None:
         (state_dir / RUNNING_FILE).unlink()
 
 
+def is_alive(running: Running) -> bool:
+    """Whether that very process still runs; one that only waits for its parent to notice its end does not."""
+    try:
+        process = psutil.Process(running.pid)
+        with process.oneshot():
+            same = abs(process.create_time() - running.started) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def find_running(state_dir: Path) -> Running:
     """The node of this state directory.
 
     Raises:
         StateError: none is running there.
     """
-    try:
-        running = load(state_dir / RUNNING_FILE, Running)
-        alive = running is not None and abs(psutil.Process(running.pid).create_time() - running.started) < 1.0
-    except psutil.Error:
-        alive = False
-    if running is None or not alive:
+    running = load(state_dir / RUNNING_FILE, Running)
+    if running is None or not is_alive(running):
         raise StateError(
             f"no node is running in {state_dir}",
             remedy="start one with: mesh up   (or name its directory: --state-dir DIR)",

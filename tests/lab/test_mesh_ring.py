@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from bench.lab import Lab
@@ -120,12 +119,17 @@ def test_chat_streams_and_embeddings_are_answered_through_a_lite_client(ring: Ri
 
 
 def _listening(node: MeshNode) -> list[tuple[str, int]]:
+    """Every TCP socket that listens on the node's machine, as the kernel lists them for its network namespace."""
     assert node.process is not None
-    pids = [node.process.pid, *(child.pid for child in psutil.Process(node.process.pid).children(recursive=True))]
     found = []
-    for pid in pids:
-        found += [c.laddr for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    return [(address.ip, address.port) for address in found]
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{node.process.pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state = line.split()[:4]
+            host, _, port = local.partition(":")
+            words = [int(host[at : at + 8], 16).to_bytes(4, "little") for at in range(0, len(host), 8)]
+            if state == "0A":
+                found.append((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return found
 
 
 def test_no_rpc_or_api_port_is_reached_from_another_machine(ring: Ring) -> None:
@@ -151,9 +155,10 @@ def _refused(ring: Ring, name: str, *, join: str | None, record: Path | None = N
     assert stranger.process is not None
     code = stranger.process.wait(30)
     said = stranger.output_path.read_text()
-    assert code == 1, said
+    assert code in (1, 2), said
     status = ring.nodes["a"].status()
-    assert status is not None and {peer["name"] for peer in status["peers"]} == {"b", "c", "d"}
+    assert status is not None
+    assert {peer["name"] for peer in status["peers"] if peer["state"] != "left"} == {"b", "c", "d"}
     return said
 
 
