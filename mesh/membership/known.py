@@ -34,10 +34,7 @@ class AddressBook:
         """Somebody says where ``member`` is: add what is new to the end. Returns whether anything was."""
         known = self._members.get(member.id)
         if known is None:
-            if len(self._members) >= MAX_MEMBERS:
-                return False
-            self._members[member.id] = member
-            return True
+            return self.meet(member)
         merged = tuple(dict.fromkeys((*known.addresses, *member.addresses)))[:MAX_ADDRESSES]
         if merged == known.addresses:
             return False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from mesh.errors import AdmissionError, MeshError, TransportError, WireError
 from mesh.transport.lane import Connection, Path, Stream
@@ -135,7 +136,7 @@ class Link:
 
     # -- within ------------------------------------------------------------------------------------------------------
 
-    def _spawn(self, work: asyncio._CoroutineLike[None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -260,14 +260,17 @@ class Links:
         )
         self._links[peer] = link
         connection.on_close = lambda reason: self._lose(link, reason)
-        changed = self._meet(connection, facts) or verdict.changed
+        # A lite client comes and goes as it likes, and dials for itself.
+        lasting = facts.role == "worker"
+        changed = (lasting and self._meet(connection, facts)) or verdict.changed
         link.start()
         link.send(Members(self._book.members, self.roster.grants))
         if changed:
             self._tell.on_roster_changed()
             self.broadcast(self._news_of(peer), but=peer)
-        self._dialer.keep(peer)
-        self._dialer.kick(peer)
+        if lasting:
+            self._dialer.keep(peer)
+            self._dialer.kick(peer)
         self._tell.on_up(peer, facts, connection)
         return link
 
@@ -275,8 +278,9 @@ class Links:
 
     def _meet(self, connection: Connection, facts: NodeFacts) -> bool:
         # An address that we dialed works; one we were dialed from may be a NAT's, and goes last.
-        seen = connection.address
-        addresses = (seen, *facts.addresses) if connection.dialed else (*facts.addresses, seen)
+        # An IPv6 scope means something on this machine only.
+        seen = () if "%" in connection.address else (connection.address,)
+        addresses = (*seen, *facts.addresses) if connection.dialed else (*facts.addresses, *seen)
         return self._book.meet(MemberAddress(connection.peer, facts.name, addresses))
 
     def _news_of(self, peer: NodeId) -> Members:

@@ -22,6 +22,8 @@ INITIAL_WINDOW = 64 * 1024
 _CUBIC_C = 0.4
 _BETA = 0.7
 _ROUND_SAMPLES = 8
+_CAREFUL = 4
+_DOUBT_ROUNDS = 5
 _BURST_PACKETS = 64
 _BURST_S = 0.004
 _PACING_GAIN = 1.25
@@ -36,7 +38,7 @@ class BurstyCubic(QuicCongestionControl):
         self._segment = max_datagram_size
         self._least = 4 * max_datagram_size
         self._recovery_since = 0.0
-        self._limited = False
+        self._limited_at = 0.0
         # Cubic's own: the window before the last loss, in bytes, and when and where growth started anew.
         self._plateau = 0.0
         self._epoch: float | None = None
@@ -48,20 +50,22 @@ class BurstyCubic(QuicCongestionControl):
         self._round_min: float | None = None
         self._previous_min: float | None = None
         self._samples = 0
+        self._doubts = 0  # rounds since the round trip rose; 0: it did not
+        self._doubted_min = 0.0
 
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
         self.bytes_in_flight += packet.sent_bytes
         if 2 * self.bytes_in_flight >= self.congestion_window:
-            self._limited = True
+            self._limited_at = packet.sent_time or 0.0
 
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
         self.bytes_in_flight -= packet.sent_bytes
-        if (packet.sent_time or 0.0) <= self._recovery_since or not self._limited:
+        sent = packet.sent_time or 0.0
+        # Packets of a flight that did not fill the window say nothing about a larger one.
+        if sent <= self._recovery_since or sent > self._limited_at:
             return
-        if 4 * self.bytes_in_flight < self.congestion_window:
-            self._limited = False
         if self.ssthresh is None or self.congestion_window < self.ssthresh:
-            self.congestion_window += packet.sent_bytes
+            self.congestion_window += packet.sent_bytes // (_CAREFUL if self._doubts else 1)
         else:
             self._grow(now, packet.sent_bytes)
 
@@ -107,17 +111,26 @@ class BurstyCubic(QuicCongestionControl):
         self._rtt = rtt
         if self.ssthresh is not None:
             return
-        if now >= self._round_end:
-            self._round_end = now + rtt
-            if self._round_min is not None and self._samples >= _ROUND_SAMPLES:
-                self._previous_min = self._round_min
-                self._round_min, self._samples = None, 0
+        if now >= self._round_end and self._samples >= _ROUND_SAMPLES:
+            self._end_round(now + rtt)
         self._round_min = rtt if self._round_min is None else min(rtt, self._round_min)
         self._samples += 1
-        if self._previous_min is not None and self._samples >= _ROUND_SAMPLES:
+        if self._previous_min is not None and not self._doubts and self._samples >= _ROUND_SAMPLES:
             rise = min(max(self._previous_min / 8, 0.004), 0.016)
             if self._round_min >= self._previous_min + rise:
-                self.ssthresh = self.congestion_window
+                self._doubts, self._doubted_min = 1, self._round_min
+
+    def _end_round(self, next_end: float) -> None:
+        least = self._round_min
+        self._previous_min, self._round_min = least, None
+        self._samples, self._round_end = 0, next_end
+        if not self._doubts:
+            return
+        self._doubts += 1
+        if least is not None and least < self._doubted_min:
+            self._doubts = 0  # it was only jitter
+        elif self._doubts > _DOUBT_ROUNDS:
+            self.ssthresh = self.congestion_window
 
 
 class Pacer(QuicPacketPacer):

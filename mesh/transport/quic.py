@@ -13,6 +13,7 @@ aioquic's state machine is used as it is, with five changes, each guarded by ``t
 
 from __future__ import annotations
 
+import logging
 import ssl
 from typing import Any
 
@@ -30,6 +31,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from mesh.transport.congestion import NAME as CONGESTION
 from mesh.transport.congestion import Pacer
+
+# It warns about every malformed packet: any stranger could fill our log.
+logging.getLogger("quic").setLevel(logging.ERROR)
 
 ALPN = "mesh/1"
 IDLE_TIMEOUT_S = 30.0

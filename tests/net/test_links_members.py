@@ -13,7 +13,7 @@ from mesh.wire.codec import encode
 from mesh.wire.facts import Epoch
 from mesh.wire.messages import Accepted, Leaving, Opened, OpenFailed, OpenHttp, OpenRpc, Ping, Pong
 from tests.eventually import eventually
-from tests.net.party import Party, facts_of
+from tests.net.party import Party
 
 EPOCH = Epoch(1, "a" * 26)
 
@@ -232,14 +232,24 @@ async def test_only_known_nodes_are_revoked(party: Party) -> None:
 
 async def test_a_clients_grant_does_not_make_a_worker(party: Party) -> None:
     anna = await party.node("anna")
-    pretender = await party.node("carl", party.member_key("client"), role="client", knows=(anna,))
-    pretender.role = "worker"
-    await eventually(lambda: pretender.endpoint.connections)
-    await asyncio.sleep(0)
     client = await party.node("dora", party.member_key("client"), role="client", knows=(anna,))
-    await eventually(lambda: client.key.id in anna.ups)
+    await eventually(lambda: anna.ups == [client.key.id])
     link = anna.links.link(client.key.id)
     assert link
     assert link.role == "client"
+    client.role = "worker"  # claims more at the next Hello
+    client.links.drop(anna.key.id, "test")
+    await eventually(lambda: anna.downs)
+    await asyncio.sleep(1)
     assert anna.ups == [client.key.id]
-    assert facts_of(client.key, "dora").role == "worker"
+    assert not anna.links.peers()
+
+
+async def test_a_lite_client_that_left_is_not_looked_for(party: Party) -> None:
+    anna = await party.node("anna")
+    client = await party.node("dora", party.member_key("client"), role="client", knows=(anna,))
+    await eventually(lambda: anna.ups and client.ups)
+    await client.stop()
+    await eventually(lambda: anna.downs)
+    assert anna.links.members == ()
+    await eventually(lambda: anna.endpoint.connections == 0)
