@@ -119,6 +119,10 @@ class Settings:
             raise UsageError(
                 "--relay-only is not built yet", remedy="run a lite client there: mesh client --join TOKEN"
             )
+        if self.api_host not in ("127.0.0.1", "::1", "localhost") and self.api_key_file is None:
+            raise UsageError(
+                f"api_host {self.api_host} opens the API to other machines", remedy="say who may: --api-key-file FILE"
+            )
         name = self.name or socket.gethostname().split(".")[0] or "node"
         if len(name) > 64 or not name.isprintable():
             raise UsageError(f"--name {name!r} must be at most 64 printable characters")

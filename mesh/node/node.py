@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine, Sequence
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import mesh.election.events as election
@@ -21,17 +20,15 @@ from mesh.clock import Clock
 from mesh.config import Settings
 from mesh.election.core import Election
 from mesh.engine.cache import Engine
-from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
-from mesh.errors import MeshError
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
 from mesh.membership.core import BOOT_SHIFT, Membership
 from mesh.membership.links import Callbacks, Links
+from mesh.node.equipment import Equipment
 from mesh.node.facts import OwnFacts
 from mesh.node.narrator import Narrator
 from mesh.node.planning import answer_plan
 from mesh.node.prepare import LocalModel
-from mesh.node.pump import Pump
 from mesh.node.record import Record, save_record
 from mesh.node.shelf import Shelf
 from mesh.node.status import Counts, build_status
@@ -39,13 +36,14 @@ from mesh.notice import View
 from mesh.proxy.ingress import Proxy
 from mesh.proxy.tcp import open_tcp
 from mesh.proxy.upstream import Route
+from mesh.pump import Pump
 from mesh.supervise.core import State
 from mesh.supervise.runner import EngineRunner
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
 from mesh.tunnel.host import HostTunnels
 from mesh.tunnel.member import HttpTunnel, WorkerTunnel
-from mesh.wire.facts import NO_EPOCH, Epoch, Layout, NodeFacts, NodeId
+from mesh.wire.facts import NO_EPOCH, Epoch, NodeFacts, NodeId
 from mesh.wire.messages import (
     Control,
     EngineDown,
@@ -92,7 +90,6 @@ class Node:
         self.view = view
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
-        self._engine = engine
         self._shelf = Shelf(model, engine, view, self._tell_facts)
         self._own = OwnFacts(settings, key.id, engine, addresses, model, clock)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view())
@@ -125,11 +122,12 @@ class Node:
             lambda epoch: self._runner.rpc_endpoint(self._engine_epoch(epoch)), self._election.may_carry
         )
         self._http_tunnel = HttpTunnel(lambda epoch: self._runner.http_port(self._engine_epoch(epoch)))
+        equipment = Equipment(key.id, engine, self._shelf.file, self.facts.threads, settings.gpu_layers)
         self._runner = EngineRunner(
             key.id,
             state_dir=settings.state_dir,
-            rpc_command=self._rpc_command,
-            server_command=self._server_command,
+            rpc_command=equipment.rpc_server,
+            server_command=equipment.llama_server,
             tunnels=self._tunnels,
             worker_side=self._worker_tunnel,
             clock=clock,
@@ -328,41 +326,6 @@ class Node:
         self._narrator.loading(message)
         if message.node != self.key.id:
             self._runner.post(supervise.MemberLoading(message.node, self._engine_epoch(message.epoch)))
-
-    def _rpc_command(self, layout: Layout, port: int, secret: bytes) -> Launch:
-        engine, files = self._equipment(layout)
-        share = next(member for member in layout.ring if member.id == self.key.id)
-        return rpc_server_command(
-            engine,
-            port,
-            threads=self.facts.threads,
-            model_files=files,
-            fingerprint=layout.model.fingerprint,
-            rpc_secret=secret,
-            device=share.device,
-        )
-
-    def _server_command(
-        self, layout: Layout, port: int, endpoints: Sequence[str], secret: bytes, api_key: str
-    ) -> Launch:
-        engine, files = self._equipment(layout)
-        return llama_server_command(
-            engine,
-            layout,
-            files[0],
-            port,
-            endpoints,
-            threads=self.facts.threads,
-            rpc_secret=secret,
-            api_key=api_key,
-            gpu_layers=self.settings.gpu_layers,
-        )
-
-    def _equipment(self, layout: Layout) -> tuple[Engine, tuple[Path, ...]]:
-        file = self._shelf.file(layout.model.fingerprint)
-        if self._engine is None or file is None:
-            raise MeshError(f"this node was given layers of {layout.model.name}, but has no copy of it")
-        return self._engine, file.paths
 
     # -- streams -------------------------------------------------------------------------------------------------------
 

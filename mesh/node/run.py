@@ -59,7 +59,7 @@ async def run(
             control_token=token,
             api_keys=(*_api_keys(settings.api_key_file), *([token] if settings.api_key_file else ())),
         )
-        server = ApiServer(app, [settings.api_host], settings.api_port)
+        server = ApiServer(app, _api_hosts(settings.api_host), settings.api_port)
         api = (await server.start())[0]
         stack.push_async_callback(server.stop)
         node.narrate(f"http://localhost:{server.port}", control.invite if settings.role == "worker" else None)
@@ -148,6 +148,11 @@ async def _join(
     through = next((member.name for member in joined.members if member.id == joined.inviter), joined.address)
     view.show(Notice("mesh", f'joined "{record.name}" through {through}', {"mesh": record.mesh}))
     return record
+
+
+def _api_hosts(host: str) -> tuple[str, ...]:
+    # "localhost" may mean either; a machine without IPv6 does without it.
+    return ("127.0.0.1", "::1") if host == "127.0.0.1" else (host,)
 
 
 def _api_keys(path: Path | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from mesh.proxy.events import (
     Arrived,
     Departed,
     Dispatch,
-    Event,
+    Effect,
     RequestEvent,
     RequestId,
     Served,
@@ -24,6 +24,7 @@ from mesh.proxy.events import (
 from mesh.proxy.exchange import Ask, Exchange
 from mesh.proxy.reply import Reply
 from mesh.proxy.upstream import IDLE_S, OPEN_S, Headers, Route, Upstream, UpstreamLost
+from mesh.pump import Pump
 
 
 class Proxy:
@@ -45,15 +46,14 @@ class Proxy:
         open_s: float = OPEN_S,
     ) -> None:
         self.budget = Budget(budget_bytes)
-        self._clock = clock
         self._core = Core(limits or Limits())
+        self._pump = Pump(self._core, self._carry_out, Tick, clock, after=self._note_drained)
         self._idle_s = idle_s
         self._open_s = open_s
         self._ids = itertools.count(1)
         self._exchanges: dict[RequestId, Exchange] = {}
         self._upstream: Upstream | None = None
         self._model_name: str | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()
         self._drained.set()
         self._empty = asyncio.Event()
@@ -65,7 +65,7 @@ class Proxy:
         """Send requests there from now on, the waiting ones first. What another epoch's engine still owes is lost."""
         self._replace(Upstream(route, idle_s=self._idle_s, open_s=self._open_s))
         self._model_name = route.model_name
-        self._handle(Served(route.epoch, route.model_name))
+        self._pump.feed(Served(route.epoch, route.model_name))
 
     def unserve(self, reason: str, *, drain_s: float = 0.0, model_name: str | None = None) -> None:
         """Let requests wait.
@@ -77,7 +77,7 @@ class Proxy:
         """
         self._replace(None)
         self._model_name = model_name
-        self._handle(Unserved(reason, drain_s))
+        self._pump.feed(Unserved(reason, drain_s))
 
     @property
     def route(self) -> Route | None:
@@ -104,15 +104,14 @@ class Proxy:
     async def close(self, reason: str = "this node is stopping", within_s: float = 1.0) -> None:
         """Tell every client, and wait until the last one knows."""
         self._replace(None)
-        self._handle(Stopped(reason))
+        self._pump.feed(Stopped(reason))
         try:
             async with asyncio.timeout(within_s):
                 await self._empty.wait()
         except TimeoutError:
             pass
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            self._pump.stop()
 
     # -- for the HTTP side -------------------------------------------------------------------------------------------
 
@@ -123,10 +122,10 @@ class Proxy:
         self._exchanges[request] = exchange
         self._empty.clear()
         try:
-            self._handle(Arrived(request, streams=ask.streams, model=ask.model, holds=ask.holds))
+            self._pump.feed(Arrived(request, streams=ask.streams, model=ask.model, holds=ask.holds))
             await exchange.run(gone)
         finally:
-            self._handle(Departed(request))
+            self._pump.feed(Departed(request))
             del self._exchanges[request]
             if not self._exchanges:
                 self._empty.set()
@@ -145,7 +144,7 @@ class Proxy:
 
     def tell(self, event: RequestEvent) -> None:
         """What an exchange has seen of its upstream."""
-        self._handle(event)
+        self._pump.feed(event)
 
     def upstream_of(self, order: Dispatch) -> Upstream | None:
         """The engine an order names, unless it is gone again."""
@@ -159,22 +158,13 @@ class Proxy:
         if before is not None:
             before.retire()
 
-    def _handle(self, event: Event) -> None:
-        for effect in self._core.handle(event, self._clock.now()):
-            exchange = self._exchanges.get(effect.request)
-            if exchange is not None:
-                exchange.put(effect)
+    def _carry_out(self, effect: Effect) -> None:
+        exchange = self._exchanges.get(effect.request)
+        if exchange is not None:
+            exchange.put(effect)
+
+    def _note_drained(self) -> None:
         if self._core.counters.active:
             self._drained.clear()
         else:
             self._drained.set()
-        self._arm()
-
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due = self._core.next_timer()
-        if due is not None:
-            delay_s = max(0.0, due - self._clock.now())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._handle, Tick())

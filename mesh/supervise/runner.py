@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import secrets
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 from mesh.clock import Clock
 from mesh.errors import MeshError
+from mesh.pump import Pump
 from mesh.supervise.core import Deadlines, EngineCore, State
 from mesh.supervise.events import (
     AnnounceServing,
@@ -128,6 +128,8 @@ class EngineRunner:
     ) -> None:
         self._me = me
         self._core = EngineCore(me, deadlines)
+        self._changed = asyncio.Event()
+        self._pump = Pump(self._core, self._carry_out, Tick, clock, after=self._changed.set)
         self._rpc_command = rpc_command
         self._server_command = server_command
         self._tunnels = tunnels
@@ -142,10 +144,6 @@ class EngineRunner:
         self._registry = ProcessRegistry(state_dir)
         self._logs = {kind: RotatingLog(state_dir / "logs" / f"{kind.value}.log") for kind in ProcessKind}
 
-        self._inbox: deque[Event] = deque()
-        self._pumping = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._changed = asyncio.Event()
         self._steps: set[asyncio.Task[None]] = set()
         self._launches: set[asyncio.Task[Child]] = set()
         self._children: list[Child] = []
@@ -206,40 +204,18 @@ class EngineRunner:
         """End everything; returns when no process is left, even if cancelled meanwhile (then raises after that)."""
         self.post(Shutdown())
         await _finish(asyncio.ensure_future(self._until(lambda: self._core.state is State.CLOSED)))
-        if self._timer is not None:
-            self._timer.cancel()
+        self._pump.stop()
         for file in self._logs.values():
             file.close()
 
     def post(self, event: Event) -> None:
         """Tell the core. Callable from callbacks it caused itself: events are handled one after another."""
-        self._inbox.append(event)
-        if self._pumping:
-            return
-        self._pumping = True
-        try:
-            while self._inbox:
-                for effect in self._core.handle(self._inbox.popleft(), self._clock.now()):
-                    self._carry_out(effect)
-        finally:
-            self._pumping = False
-            self._arm()
-            self._changed.set()
+        self._pump.feed(event)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
-
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        due = self._core.next_timer()
-        if due is None:
-            self._timer = None
-            return
-        delay = max(0.0, due - self._clock.now())
-        self._timer = asyncio.get_running_loop().call_later(delay, self.post, Tick())
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:

@@ -25,13 +25,22 @@ class Pump:
         core: the state machine.
         carry_out: does one effect; must not block.
         tick: makes the event that says "a timer is due".
+        after: called when a batch of events was handled and its effects were carried out.
     """
 
-    def __init__(self, core: Core, carry_out: Callable[[Any], None], tick: Callable[[], Any], clock: Clock) -> None:
+    def __init__(
+        self,
+        core: Core,
+        carry_out: Callable[[Any], None],
+        tick: Callable[[], Any],
+        clock: Clock,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
         self._core = core
         self._carry_out = carry_out
         self._tick = tick
         self._clock = clock
+        self._after = after
         self._waiting: deque[Any] = deque()
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
@@ -52,7 +61,8 @@ class Pump:
         finally:
             self._busy = False
             self._waiting.clear()
-        self._arm()
+            self._arm()
+            self._after()
 
     def stop(self) -> None:
         """No more events, no more timers."""
