@@ -73,6 +73,8 @@ def rightful(view: View) -> NodeId | None:
     In a mesh without cuts that is the lowest id. With cuts it is a node that reaches everyone, if there is one.
     """
     ids = [facts.id for facts in workers(view)] or [facts.id for facts in view.facts if facts.role == "worker"]
+    if not view.cuts:
+        return min(ids, default=None)
     cut = {node: sum(node in pair and pair[0] in ids and pair[1] in ids for pair in view.cuts) for node in ids}
     return min(ids, key=lambda node: (cut[node], node), default=None)
 
@@ -89,10 +91,10 @@ class Coordination:
     """The coordinator's state of mind. ``review`` and ``planned`` return what to propose or to ask, or None.
 
     Args:
-        seen: the highest epoch number this node knows of; only ever grows.
+        seen: the newest epoch this node knows of; only ever grows.
     """
 
-    def __init__(self, me: NodeId, following: Following, claims: Claims, timing: Timing, jitter: float, seen: int):
+    def __init__(self, me: NodeId, following: Following, claims: Claims, timing: Timing, jitter: float, seen: Epoch):
         self._me = me
         self._following = following
         self._claims = claims
@@ -162,6 +164,7 @@ class Coordination:
     def review(self, view: View, now: float) -> NeedPlan | None:
         """Called after every event while this node leads."""
         following = self._following
+        following.downs.update(following.restarted)
         self._check_deadlines(view, now)
         if self._request is not None and now >= self._request.at + self._timing.plan:
             self._request = None
@@ -175,7 +178,7 @@ class Coordination:
         if broken and self._request is None:
             self._cause = broken
             self._agenda.soon(self._retry_at if following.failure_counted else now)
-        elif is_idle and following.epoch != NO_EPOCH and self.seen > following.epoch.number:
+        elif is_idle and following.epoch != NO_EPOCH and self.seen > following.epoch:
             self._renumber_soon(now)
         if self._request is None and self._agenda.is_due(now):
             return self._ask(view, signature, self.holds.held(now), now)
@@ -278,17 +281,17 @@ class Coordination:
             reason = f"FAILED: the same layout failed {times} times: {request.cause}"[:1024]
             layout = None
         mine = self._following
-        if layout is None and mine.layout is None and mine.propose.reason == reason and self.seen == mine.epoch.number:
+        if layout is None and mine.layout is None and mine.propose.reason == reason and self.seen == mine.epoch:
             return None
         return Propose(self._next_epoch(), layout, reason, self.excluded)
 
     def _keep(self, keep: Propose) -> Propose | None:
         mine = self._following.propose
-        if keep.epoch == mine.epoch and self.seen <= mine.epoch.number:
+        if keep.epoch == mine.epoch and self.seen <= mine.epoch:
             return None
-        if keep.epoch > mine.epoch and keep.epoch.number >= self.seen:
+        if keep.epoch > mine.epoch and keep.epoch >= self.seen:
             return keep
         return Propose(self._next_epoch(), keep.layout, keep.reason, self.excluded, lifts=keep.epoch)
 
     def _next_epoch(self) -> Epoch:
-        return Epoch(max(self.seen, self._following.epoch.number) + 1, self._me)
+        return Epoch(max(self.seen, self._following.epoch).number + 1, self._me)

@@ -40,6 +40,7 @@ from mesh.wire.messages import Accepted, Control, EngineDown, Propose, Rejected,
 
 FLAPS = frozenset({"crashed", "unreachable", "restarted"})
 """Ways to go that, repeated, earn a hold-off. Who leaves on purpose may come and go."""
+ELECTION = (Propose, Accepted, Rejected, Serving, WorkerReady, EngineDown)
 
 
 class Election:
@@ -53,12 +54,14 @@ class Election:
 
     def __init__(self, me: NodeId, *, seen: int = 0, jitter: float = 0.5, timing: Timing | None = None) -> None:
         self._me = me
-        self._floor = seen
+        self._floor = Epoch(seen, "")
         self._timing = timing or Timing()
         self._following = Following(me)
         self._claims = Claims()
-        self._coordination = Coordination(me, self._following, self._claims, self._timing, jitter, seen)
+        self._coordination = Coordination(me, self._following, self._claims, self._timing, jitter, self._floor)
         self._view: View | None = None
+        self._leader: NodeId | None = None
+        """Who coordinates, by our view."""
         self._served: Served | None = None
         self._stand_in = False
         self._stand_in_at: float | None = None
@@ -83,6 +86,10 @@ class Election:
         """Whether ``epoch`` names what this node follows, be it by an earlier number of the same running layout."""
         return self._following.covers(epoch)
 
+    def covers(self, epoch: Epoch) -> bool:
+        """Whether ``epoch`` is what this node follows, be it by a number the same layout had before it was lifted."""
+        return self._following.covers(epoch)
+
     def status(self) -> Status:
         """What to tell people."""
         following, view = self._following, self._view
@@ -93,9 +100,9 @@ class Election:
         if phase is Phase.ELECTING:
             reason = following.broken(view) or "looking for other machines"
         excluded = {**following.propose.excluded, **self._coordination.excluded}
-        if not self._leads(view):
+        if not self._leads():
             excluded = dict(following.propose.excluded)
-        return Status(phase.value, following.epoch, reason, following.layout, excluded, rightful(view))
+        return Status(phase.value, following.epoch, reason, following.layout, excluded, self._leader)
 
     def next_timer(self) -> float | None:
         """When to send :class:`Tick` at the latest."""
@@ -104,7 +111,7 @@ class Election:
         if view is None or self._stopped:
             return None
         times: list[float] = []
-        if self._leads(view):
+        if self._leads():
             times += self._coordination.timers(view, now)
         else:
             times += [at + wait for at, wait in [(self._claims.oldest_held(), self._timing.hold)] if at is not None]
@@ -116,7 +123,7 @@ class Election:
     # -- events --------------------------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        if self._stopped:
+        if self._stopped or (isinstance(event, Received) and not isinstance(event.message, ELECTION)):
             return []
         self._now = now
         self._out = []
@@ -128,7 +135,7 @@ class Election:
             case Received(peer, message):
                 self._received(peer, message, now)
             case Planned():
-                if self._view is not None and self._leads(self._view):
+                if self._view is not None and self._leads():
                     self._decide(self._coordination.planned(event, self._view, now), now)
             case EngineListening(epoch):
                 self._engine_listening(epoch)
@@ -146,9 +153,12 @@ class Election:
         return self._out
 
     def _view_changed(self, view: View, now: float) -> None:
-        old, self._view = self._view, view
+        old, self._view, self._leader = self._view, view, rightful(view)
         self._following.note_boots(view)
         self._claims.prune(view)
+        for facts in view.facts:
+            if facts.id != self._me and (old is None or facts.id not in old):
+                self._tell(facts.id)  # it came back on a link that never broke, and missed what was said meanwhile
         if old is not None:
             for facts in workers(view):
                 if facts.id not in old:
@@ -166,13 +176,21 @@ class Election:
         following = self._following
         if following.epoch == NO_EPOCH:
             return
-        self._out.append(Send(peer, following.propose))
+        self._out += [Send(peer, following.propose), *self._progress(peer)]
+
+    def _progress(self, peer: NodeId) -> list[Effect]:
+        """How far our part of the epoch has come, for ``peer``."""
+        following = self._following
+        out: list[Effect] = []
+        if peer == self._me:
+            return out
         if following.api_key is not None and following.host == self._me:
-            self._out.append(Send(peer, Serving(following.epoch, following.api_key)))
+            out.append(Send(peer, Serving(following.epoch, following.api_key)))
         if following.engine is Engine.LISTENING and following.host == peer:
-            self._out.append(Send(peer, WorkerReady(following.epoch)))
+            out.append(Send(peer, WorkerReady(following.epoch)))
         if following.engine is Engine.DOWN:
-            self._out.append(Send(peer, EngineDown(following.epoch, following.downs.get(self._me, "")[:1024])))
+            out.append(Send(peer, EngineDown(following.epoch, following.downs.get(self._me, "")[:1024])))
+        return out
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -199,19 +217,19 @@ class Election:
                 pass
 
     def _is_newer(self, epoch: Epoch) -> bool:
-        return epoch > self._following.epoch and epoch.number >= self._floor
+        return epoch > self._following.epoch and epoch >= self._floor
 
     def _proposed(self, sender: NodeId, propose: Propose, view: View, now: float) -> None:
         following = self._following
-        self._coordination.seen = max(self._coordination.seen, propose.epoch.number)
+        self._coordination.seen = max(self._coordination.seen, propose.epoch)
         if propose.epoch == following.epoch:
             self._out.append(Send(sender, Accepted(propose.epoch)))
         elif not self._is_newer(propose.epoch):
-            self._out.append(Send(sender, Rejected(propose.epoch, max(following.epoch, Epoch(self._floor, "")))))
+            self._out.append(Send(sender, Rejected(propose.epoch, max(following.epoch, self._floor))))
             if following.epoch != NO_EPOCH:
                 self._out.append(Send(sender, following.propose))
             self._claims.follows[sender] = propose
-            if self._leads(view) and not following.is_intact(view):
+            if self._leads() and not following.is_intact(view):
                 self._coordination.gather(now)
         elif self._may_follow(sender, propose, view):
             self._out.append(Send(sender, Accepted(propose.epoch)))
@@ -219,12 +237,12 @@ class Election:
         elif self._claims.hold(sender, propose, now):
             # The sender may not know what runs here, and could let it go on under a newer number.
             self._out.append(Send(sender, following.propose))
-            if self._leads(view):
+            if self._leads():
                 self._coordination.gather(now)
 
     def _may_follow(self, sender: NodeId, propose: Propose, view: View) -> bool:
         """Whether something newer is followed at once, or the coordinator is to decide first."""
-        following, leader = self._following, rightful(view)
+        following, leader = self._following, self._leader
         if not following.is_intact(view):
             return True
         if propose.layout is None or following.layout is None:
@@ -239,9 +257,9 @@ class Election:
 
     def _rejected(self, sender: NodeId, epoch: Epoch, newest: Epoch) -> None:
         coordination = self._coordination
-        is_news = newest.number > coordination.seen
-        coordination.seen = max(coordination.seen, newest.number)
-        leader = rightful(self._view) if self._view is not None else None
+        is_news = newest > coordination.seen
+        coordination.seen = max(coordination.seen, newest)
+        leader = self._leader
         if is_news and leader is not None and leader not in (self._me, sender):
             self._out.append(Send(leader, Rejected(epoch, newest)))
 
@@ -259,10 +277,11 @@ class Election:
 
     def _check_ready(self) -> None:
         following = self._following
-        if following.layout is None or following.host != self._me or following.ready_told:
+        is_mine = following.layout is not None and following.host == self._me
+        if not is_mine or following.ready_told or following.engine is Engine.DOWN:
             return
         ready = {node for node, epoch in self._claims.ready.items() if following.covers(epoch)}
-        if all(share.id in ready for share in following.layout.workers):
+        if following.layout is not None and all(share.id in ready for share in following.layout.workers):
             following.ready_told = True
             self._out.append(WorkersReady(following.epoch))
 
@@ -314,32 +333,32 @@ class Election:
 
     def _adopt(self, propose: Propose, now: float) -> None:
         following, coordination = self._following, self._coordination
-        coordination.seen = max(coordination.seen, propose.epoch.number)
-        was = following.epoch.number
+        coordination.seen = max(coordination.seen, propose.epoch)
+        known = max(following.epoch, self._floor).number
         lifted = following.adopt(propose, now)
         if self._view is not None:
             following.note_boots(self._view)
         self._claims.settle(propose.epoch)
         self._stand_in, self._stand_in_at = False, None
-        if propose.epoch.number > max(was, self._floor):
+        if propose.epoch.number > known:
             self._out.append(Remember(propose.epoch.number))
         self._out.append(Adopt(propose.epoch, propose.layout, propose.reason, propose.lifts if lifted else NO_EPOCH))
-        if lifted and following.host == self._me and following.api_key is not None:
-            self._out.append(Broadcast(Serving(propose.epoch, following.api_key)))
-        if lifted and following.engine is Engine.DOWN:
-            self._out.append(Broadcast(EngineDown(propose.epoch, following.downs.get(self._me, "")[:1024])))
+        if lifted:
+            # Others may come from elsewhere and know nothing of what went on under the old number.
+            for peer in self._view.facts if self._view is not None else ():
+                self._out += self._progress(peer.id)
         self._check_serving()
         self._check_ready()
 
-    def _leads(self, view: View) -> bool:
-        return self._stand_in or rightful(view) == self._me
+    def _leads(self) -> bool:
+        return self._stand_in or self._leader == self._me
 
     def _review(self, now: float) -> None:
         """After every event: what follows from where we stand now."""
         view, following, coordination = self._view, self._following, self._coordination
         if view is None:
             return
-        leads = self._leads(view)
+        leads = self._leads()
         if leads and not self._led and following.phase(view) is Phase.STARTING:
             # The last coordinator may have died half way through telling.
             self._out.append(Broadcast(following.propose))

@@ -47,6 +47,9 @@ class Following:
         self.served_at: float | None = None
         self.downs: dict[NodeId, str] = {}
         """Ring members whose part ended, and why."""
+        self.restarted: dict[NodeId, str] = {}
+        """Ring members with a new process, and so without their part, unless they took it up again. For the coordinator
+        to act on; for the others a layout that serves is well, however it came to be."""
         self.ready: set[NodeId] = set()
         self.ready_told = False
         self.engine = Engine.IDLE
@@ -96,8 +99,9 @@ class Following:
             member = view.find(share.id)
             if member is not None and member.boot:
                 if self._boots.setdefault(share.id, member.boot) != member.boot:
-                    self.downs[share.id] = f"{share.name} restarted"
-                    self.api_key = None
+                    self.restarted[share.id] = f"{share.name} restarted"
+                    if share.id == self.host:
+                        self.api_key = None
                 self._boots[share.id] = member.boot
 
     def lost(self, view: View) -> list[NodeId]:

@@ -83,6 +83,8 @@ class Membership:
         self._seq = 0
         self._turn = 0
         self._due: float | None = None
+        self._stale = True
+        """Whether ``_due`` must be computed anew. Being heard only pushes it back, so a packet costs no search."""
         self._out: list[Effect] = []
         self._left = False
 
@@ -118,6 +120,11 @@ class Membership:
 
     def next_timer(self) -> float | None:
         """When to send :class:`Tick` at the latest; None while there is nobody to watch."""
+        if self._left:
+            return None
+        if not self._stale and self._due is not None:
+            return self._due
+        self._stale = False
         self._due = min((due for peer in self._peers.values() if (due := self._due_of(peer)) is not None), default=None)
         return self._due
 
@@ -129,6 +136,7 @@ class Membership:
             return []
         self._out = []
         self._doubt_ourselves(now)
+        self._stale |= not isinstance(event, Heard | Received)
         match event:
             case Heard(peer):
                 self._heard(peer, now)
@@ -150,6 +158,7 @@ class Membership:
             case Leave(reason):
                 self._left = True
                 self._out.append(Broadcast(Leaving(reason)))
+        self._stale |= any(not isinstance(effect, Send) for effect in self._out)
         return self._out
 
     def _doubt_ourselves(self, now: float) -> None:
@@ -162,7 +171,7 @@ class Membership:
                 peer.forgive(late, now)
             self._errands.drop()
         if late > 0:
-            self._due = None  # told once; the caller asks for the next timer after this
+            self._due, self._stale = None, True  # told once; the caller asks for the next timer after this
 
     def _heard(self, node: NodeId, now: float) -> None:
         peer = self._peers.get(node)
@@ -335,8 +344,7 @@ class Membership:
             if state != "alive" and incarnation >= self._incarnation:
                 self._incarnation = incarnation + 1
                 self._out.append(Broadcast(Rumour(self.id, self._incarnation, "alive")))
-            if state == "suspect":
-                self._note_cut(sender, node, True)
+            self._note_cut(sender, node, state == "suspect")
             return
         if sender == node:
             self._introduced(node, incarnation, now)
@@ -420,6 +428,7 @@ class Membership:
             self._out.append(MemberSuspect(peer.id))
             self._ask_others(peer, now)
         elif after is Standing.CUT:
+            self._cuts.start_over(peer.id)  # what it finds out from now on does not reach us
             self._out += [Broadcast(Rumour(peer.id, peer.incarnation, "suspect")), CutsChanged()]
         else:
             self._bury(peer, was_in, before)

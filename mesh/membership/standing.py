@@ -67,7 +67,7 @@ TRANSITIONS: dict[tuple[Standing, Sign], Standing] = {
 }
 """What is not in the table is a bug and raises ``KeyError``."""
 
-MEMBERS = frozenset({Standing.ALIVE, Standing.SUSPECT, Standing.CUT})
+MEMBERS = (Standing.ALIVE, Standing.SUSPECT, Standing.CUT)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mesh.wire.facts import NodeFacts, NodeId
@@ -48,12 +48,16 @@ class View:
     members: tuple[Member, ...]
     departed: tuple[Departed, ...] = ()
     cuts: frozenset[tuple[NodeId, NodeId]] = frozenset()
+    _by_id: dict[NodeId, Member] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_id", {m.facts.id: m for m in self.members})
 
     def find(self, node: NodeId) -> Member | None:
-        return next((m for m in self.members if m.facts.id == node), None)
+        return self._by_id.get(node)
 
     def __contains__(self, node: object) -> bool:
-        return any(m.facts.id == node for m in self.members)
+        return node in self._by_id
 
     @property
     def facts(self) -> tuple[NodeFacts, ...]:

@@ -25,7 +25,9 @@ def node_id(index: int) -> NodeId:
     return chr(ord("a") + index) * 26
 
 
-def facts_of(index: int, *, role: str = "worker", layers: int = 6, version: int = 1, draining: bool = False) -> NodeFacts:
+def facts_of(
+    index: int, *, role: str = "worker", layers: int = 6, version: int = 1, draining: bool = False
+) -> NodeFacts:
     """A node that can carry ``layers`` layers."""
     return NodeFacts(
         id=node_id(index),

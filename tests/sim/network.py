@@ -1,4 +1,4 @@
-"""Links between simulated nodes: in-order streams that stall in a cut, break after an idle time, and are dialed again."""
+"""Links between simulated nodes: in-order streams that stall in a cut, break when idle, and are dialed again."""
 
 from __future__ import annotations
 

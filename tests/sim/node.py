@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from mesh.election import events as el
 from mesh.election.core import Election
@@ -30,7 +31,7 @@ class Engine:
 
 
 class Node:
-    """``deliver``, ``link_up`` and ``link_down`` come from the network; ``crash``, ``stall`` and so on from the chaos."""
+    """``deliver``, ``link_up`` and ``link_down`` come from the network; ``crash``, ``stall`` and so on from the world."""
 
     def __init__(self, world: World, facts: NodeFacts) -> None:
         self.world = world
@@ -59,7 +60,7 @@ class Node:
         now = self.world.clock.now
         self.is_running, self.stalled_until, self._inbox = True, 0.0, []
         self._wakes = [None, None]
-        self.facts = replace_facts(self.facts, version=self.facts.version + 1, draining=False)
+        self.facts = replace(self.facts, version=self.facts.version + 1, draining=False)
         self.membership = Membership(self.facts, (self.boots << BOOT_SHIFT) + 1)
         self.election: Election = self.world.make_election(
             self.id, seen=self.remembered, jitter=self.world.rng.random()
@@ -85,7 +86,7 @@ class Node:
 
     def drain(self) -> None:
         if self.is_awake:
-            self.facts = replace_facts(self.facts, version=self.facts.version + 1, draining=True)
+            self.facts = replace(self.facts, version=self.facts.version + 1, draining=True)
             self._member(mb.FactsChanged(self.facts))
 
     def stall(self, seconds: float) -> None:
@@ -298,12 +299,3 @@ class Node:
             if worker is not None and worker.carries is engine:
                 worker.carries = None
             self._after(0.0, 0.2, lambda e: self.fail_engine(e, f"lost the tunnel to {peer[0]}"), engine)
-
-
-def replace_facts(facts: NodeFacts, **changes: Any) -> NodeFacts:
-    import msgspec
-
-    return msgspec.structs.replace(facts, **changes)
-
-
-__all__ = ["Engine", "Node", "replace", "replace_facts"]

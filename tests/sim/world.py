@@ -131,7 +131,9 @@ class World:
                 self.fail(f"epoch {engine.epoch} serves, but {share.id[0]} runs something else")
 
     def routed(self, node: Node, effect: el.Served | el.Unserved) -> None:
-        self.note(f"{node.id[0]} {effect}" if isinstance(effect, el.Unserved) else f"{node.id[0]} routes to {effect.host[0]}")
+        self.note(
+            f"{node.id[0]} {effect}" if isinstance(effect, el.Unserved) else f"{node.id[0]} routes to {effect.host[0]}"
+        )
         before = self.routes[node.id]
         if isinstance(effect, el.Unserved):
             if before is None:
@@ -304,5 +306,12 @@ def run_seed(seed: int, make_election: Callable[..., Election] = Election, trace
             error.add_note("\n".join(world.trace))
         raise
     return Outcome(
-        seed, len(world.nodes), world.clock.steps, world.clock.now, took, len(world.layouts), world.detected, world.evicted_alive
+        seed,
+        len(world.nodes),
+        world.clock.steps,
+        world.clock.now,
+        took,
+        len(world.layouts),
+        world.detected,
+        world.evicted_alive,
     )
