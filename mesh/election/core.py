@@ -86,10 +86,6 @@ class Election:
         """Whether ``epoch`` names what this node follows, be it by an earlier number of the same running layout."""
         return self._following.covers(epoch)
 
-    def covers(self, epoch: Epoch) -> bool:
-        """Whether ``epoch`` is what this node follows, be it by a number the same layout had before it was lifted."""
-        return self._following.covers(epoch)
-
     def status(self) -> Status:
         """What to tell people."""
         following, view = self._following, self._view

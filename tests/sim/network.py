@@ -117,7 +117,8 @@ class Network:
             self.closed.add((sender, receiver))
             return
         self.closed.discard((sender, receiver))
-        for link in {*(self.link.get(k) for k in ((sender, receiver), (receiver, sender)))}:
+        mine, theirs = self.link.get((sender, receiver)), self.link.get((receiver, sender))
+        for link in [mine] if mine is theirs else [mine, theirs]:
             if link is not None and link.stuck.get(receiver):
                 # The probe timeout has backed off meanwhile.
                 self.clock.after(self.rng.random(), self._flush, link, sender, receiver)

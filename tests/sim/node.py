@@ -31,7 +31,7 @@ class Engine:
 
 
 class Node:
-    """``deliver``, ``link_up`` and ``link_down`` come from the network; ``crash``, ``stall`` and so on from the world."""
+    """``deliver``, ``link_up`` and ``link_down`` are the network's; ``crash``, ``stall`` and so on the world's."""
 
     def __init__(self, world: World, facts: NodeFacts) -> None:
         self.world = world
@@ -241,7 +241,9 @@ class Node:
         engine = self.engine
         assert engine is not None and epoch in engine.epochs, "WorkersReady without an engine to start"
         for share in engine.layout.workers:
-            self._after(0.02, 0.1, self.world.nodes[share.id].accept_tunnel, engine)
+            # The real engine opens several connections while it loads.
+            for least in (0.02, 0.1, 0.2):
+                self._after(least, 5 * least, self.world.nodes[share.id].accept_tunnel, engine)
         self._after(0.3, 1.5, self._loaded, engine)
 
     def accept_tunnel(self, host: Engine) -> None:

@@ -1,5 +1,7 @@
-"""A mesh in one thread: the real cores on a virtual clock, a seeded network, seeded misfortune, and invariants after every
-step. ``run_seed(n)`` is a pure function of ``n``: a failing seed replays exactly.
+"""A mesh in one thread: the real cores on a virtual clock, a seeded network, seeded misfortune, and invariants.
+
+``run_seed(n)`` is a pure function of ``n``: a failing seed replays exactly. The invariants are those of
+docs/invariants.md.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ CONVERGE_WITHIN = 20.0
 """Simulated seconds after healing until everyone must agree; what it really takes is reported."""
 
 
-class Violation(AssertionError):
+class InvariantError(AssertionError):
     """An invariant does not hold. The message names it, the seed and the moment."""
 
 
@@ -41,7 +43,9 @@ class Outcome:
 class World:
     """Everything there is; ``started``, ``adopted``, ``carried``, ``serves`` and so on are told by the nodes."""
 
-    def __init__(self, seed: int, make_election: Callable[..., Election] = Election) -> None:
+    def __init__(
+        self, seed: int, make_election: Callable[..., Election] = Election, story: list[str] | None = None
+    ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
         self.make_election = make_election
@@ -58,7 +62,7 @@ class World:
         self.trouble_until: dict[NodeId, float] = {}
         self.detected: list[float] = []
         self.evicted_alive = 0
-        self.trace: list[str] | None = None
+        self.story = story
 
     def _weather(self) -> Weather:
         delay = self.rng.choice([0.0005, 0.005, 0.02, 0.15])
@@ -71,11 +75,11 @@ class World:
         )
 
     def fail(self, what: str) -> None:
-        raise Violation(f"seed {self.seed}, t={self.clock.now:.3f} s: {what}")
+        raise InvariantError(f"seed {self.seed}, t={self.clock.now:.3f} s: {what}")
 
     def note(self, text: str) -> None:
-        if self.trace is not None:
-            self.trace.append(f"{self.clock.now:9.3f}  {text}")
+        if self.story is not None:
+            self.story.append(f"{self.clock.now:9.3f}  {text}")
 
     # -- told by the nodes, checked at once ----------------------------------------------------------------------------
 
@@ -109,11 +113,10 @@ class World:
     def carried(self, worker: Node, host: Engine) -> None:
         """A worker let a host's tunnel in."""
         if host.epoch not in self.lineage[worker.id]:
-            self.fail(
-                f"{worker.id[0]} follows {self.epoch_of[worker.id]} but carries for {host.layout.host[0]} in {host.epoch}"
-            )
+            follows, guest = self.epoch_of[worker.id], host.layout.host[0]
+            self.fail(f"{worker.id[0]} follows {follows} but carries for {guest} in {host.epoch}")
         engine = worker.engine
-        if engine is not None and engine.carries is not None and engine.carries.is_alive:
+        if engine is not None and engine.carries not in (None, host) and engine.carries.is_alive:
             self.fail(f"{worker.id[0]} serves two hosts' tunnels at once")
 
     def serves(self, node: Node, engine: Engine) -> None:
@@ -246,7 +249,7 @@ class World:
     def heal(self) -> None:
         self.note("all is healed")
         self.engine_failure = 0.0
-        for a, b in list(self.network.closed):
+        for a, b in sorted(self.network.closed):
             self.network.set_path(a, b, True)
         for node in self.nodes.values():
             if node.is_running and not node.is_awake:
@@ -286,32 +289,28 @@ class World:
         return self.clock.now - start
 
 
-def run_seed(seed: int, make_election: Callable[..., Election] = Election, trace: bool = False) -> Outcome:
+def run_seed(seed: int, make_election: Callable[..., Election] = Election, story: list[str] | None = None) -> Outcome:
     """One life of one mesh.
 
+    Args:
+        story: what happened is appended to it, line by line.
+
     Raises:
-        Violation: an invariant did not hold; with ``trace`` its notes carry the story.
+        InvariantError: an invariant did not hold.
     """
-    world = World(seed, make_election)
-    if trace:
-        world.trace = []
-    try:
-        world.populate()
-        world.clock.run(4.0)
-        world.chaos(world.rng.choice([6.0, 12.0, 20.0]))
-        world.heal()
-        took = world.settle()
-    except Exception as error:
-        if world.trace is not None:
-            error.add_note("\n".join(world.trace))
-        raise
+    world = World(seed, make_election, story)
+    world.populate()
+    world.clock.run(4.0)
+    world.chaos(world.rng.choice([6.0, 12.0, 20.0]))
+    world.heal()
+    took = world.settle()
     return Outcome(
-        seed,
-        len(world.nodes),
-        world.clock.steps,
-        world.clock.now,
-        took,
-        len(world.layouts),
-        world.detected,
-        world.evicted_alive,
+        seed=seed,
+        nodes=len(world.nodes),
+        steps=world.clock.steps,
+        simulated_s=world.clock.now,
+        converged_after_s=took,
+        epochs=len(world.layouts),
+        detected_s=world.detected,
+        evicted_alive=world.evicted_alive,
     )
