@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Kind = Literal["mesh", "model", "engine", "plan", "load", "ready", "change", "warning"]
+Kind = Literal["mesh", "model", "engine", "plan", "load", "ready", "invite", "change", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)

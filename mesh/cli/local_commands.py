@@ -10,11 +10,11 @@ from typing import Any
 import click
 import msgspec
 
-from mesh.cli.output import print_json, print_table
+from mesh.cli.output import print_json, print_layout, printable
 from mesh.cli.remote import call
 from mesh.cli.view import make_view
 from mesh.clock import SystemClock
-from mesh.config import Settings, format_size, load_settings
+from mesh.config import Settings, load_settings
 from mesh.election.events import NeedPlan
 from mesh.engine.cache import entry_dir, find_engine
 from mesh.engine.pin import SOURCE, engine_pin, patch_queue
@@ -24,19 +24,21 @@ from mesh.node.facts import OwnFacts
 from mesh.node.planning import answer_plan
 from mesh.node.prepare import prepare_engine, prepare_model
 from mesh.node.statedir import find_running
-from mesh.wire.facts import Layout
 
 _LOG_FILES = ("mesh.log", "llama-server.log", "rpc-server.log")
 
 
-def engine_build(backend: str) -> None:
+def engine_build(backend: str, as_json: bool) -> None:
     """Build it, or say that it is there."""
     view = make_view(plain=False, json_lines=False, stream=sys.stderr)
     try:
         engine = prepare_engine(backend, view)
     finally:
         view.close()
-    click.echo(f"engine {engine.pin} ({engine.backend}) is in {engine.dir}")
+    if as_json:
+        print_json({"pin": engine.pin, "backend": engine.backend, "directory": str(engine.dir)})
+    else:
+        click.echo(f"engine {engine.pin} ({engine.backend}) is in {engine.dir}")
 
 
 def engine_info(as_json: bool) -> None:
@@ -103,27 +105,12 @@ def _plan_alone(settings: Settings) -> dict[str, Any]:
 
 def _show_plan(answer: dict[str, Any]) -> None:
     if answer["layout"] is not None:
-        layout = msgspec.convert(answer["layout"], Layout)
-        model = layout.model
-        click.echo(
-            f"{model.name}  {format_size(model.size_bytes)}, {model.n_layers} layers, {layout.mode}, "
-            f"context {layout.ctx_size} x {layout.parallel}, predicted {layout.predicted_ms_per_token:.0f} ms/token\n"
-        )
-        rows = [
-            [
-                member.name,
-                "-" if member.layers is None else f"{member.layers[0]}-{member.layers[1]}",
-                format_size(member.bytes),
-                member.device,
-                "host" if member.id == layout.host else "",
-            ]
-            for member in layout.ring
-        ]
-        print_table(None, ["ring", "layers", "memory>", "device", ""], rows)
+        layout = answer["layout"]
+        print_layout(layout, f"context {layout['ctx_size']} x {layout['parallel']}, ")
     if answer["reason"]:
-        click.echo(f"\n{answer['reason']}")
+        click.echo(f"\n{printable(answer['reason'])}")
     for node, why in answer["excluded"].items():
-        click.echo(f"without {node[:8]}: {why}")
+        click.echo(f"without {node[:8]}: {printable(why)}")
 
 
 def logs(state_dir: Path, follow: bool) -> None:

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from mesh import __version__
 from mesh.cli import output
+from mesh.cli.crash import internal_error
 from mesh.config import BACKENDS, SPLITS, WIRE_DTYPES, default_state_dir, load_settings, parse_duration, parse_size
 from mesh.errors import MeshError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Group(click.Group):
-    """Shows a :class:`MeshError` as one sentence and a remedy, or as JSON where ``--json`` was given."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except MeshError as error:
-            output.show_error(error, as_json="--json" in sys.argv)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("stopped", err=True)
-            ctx.exit(130)
-
-
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     return None if value is None else _usage(parse_size, value)
+
+
+def _not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise click.BadParameter("it is empty; name a GGUF file, or a model in the models folder")
+    return value
 
 
 def _duration(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -50,7 +47,12 @@ _state_dir = click.option(
     "--state-dir", type=click.Path(path_type=Path), metavar="DIR",
     help="Where the node keeps its key, grants and logs. Give each node on one machine its own.",
 )  # fmt: skip
+_no_node = click.option(
+    "--state-dir", expose_value=False, metavar="DIR", help="Taken by every command; this one needs no node."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+_port = click.IntRange(0, 65535)
+_positive = click.IntRange(min=1)
 
 
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -63,18 +65,25 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 _plan_options = _options(
-    click.option("--model", metavar="PATH|NAME", help="A GGUF file, or the name of one in the models folder."),
+    click.option(
+        "--model",
+        callback=_not_empty,
+        metavar="PATH|NAME",
+        help="A GGUF file, or the name of one in the models folder.",
+    ),
     click.option("--max-memory", callback=_size, metavar="SIZE", help="Use at most this much memory, e.g. 12GB."),
-    click.option("--ctx-size", type=int, metavar="N", help="Context of one slot, tokens."),
-    click.option("--parallel", type=int, metavar="N", help="Requests answered at the same time."),
+    click.option("--ctx-size", type=_positive, metavar="N", help="Context of one slot, tokens."),
+    click.option("--parallel", type=click.IntRange(1, 256), metavar="N", help="Requests answered at the same time."),
     click.option("--split", type=click.Choice(SPLITS), help="Spread the model: when needed (auto), always, or never."),
     click.option("--backend", type=click.Choice(BACKENDS), help="What computes. Default: the best that is built."),
-    click.option("--gpu-layers", type=int, metavar="N", help="At most this many layers on this machine's GPU."),
+    click.option(
+        "--gpu-layers", type=click.IntRange(min=0), metavar="N", help="At most this many layers on this machine's GPU."
+    ),
 )
 _net_options = _options(
     click.option("--join", multiple=True, metavar="TOKEN", help="Join the mesh that gave this invite."),
-    click.option("--bind-port", type=int, metavar="N", help="UDP port other nodes reach. Default 7842."),
-    click.option("--api-port", type=int, metavar="N", help="Port of the API on this machine. Default 9337."),
+    click.option("--bind-port", type=_port, metavar="N", help="UDP port other nodes reach. Default 7842."),
+    click.option("--api-port", type=_port, metavar="N", help="Port of the API on this machine. Default 9337."),
     click.option("--name", metavar="NAME", help="What people call this machine. Default: its host name."),
     _state_dir,
     click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="TOML with any of these settings."),
@@ -86,7 +95,7 @@ _net_options = _options(
 )
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="mesh")
 def cli() -> None:
     """Run one large language model on the machines you already own.
@@ -104,11 +113,17 @@ def cli() -> None:
 @_plan_options
 @click.option("--demo", is_flag=True, default=None, help="Serve a tiny built-in model: try everything offline.")
 @_net_options
-@click.option("--relay-only", is_flag=True, default=None, help="Carry traffic for others, compute nothing.")
+@click.option(
+    "--relay-only", is_flag=True, default=None, help="Carry traffic for others, compute nothing (not built yet)."
+)
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Keys the API asks for, one per line."
 )
-@click.option("--wire-dtype", type=click.Choice(WIRE_DTYPES), help="Number format of activations between machines.")
+@click.option(
+    "--wire-dtype",
+    type=click.Choice(WIRE_DTYPES),
+    help="Number format of activations between machines; only f32 is built.",
+)
 def up(config: Path | None, **flags: Any) -> None:
     """Start this machine as a member, and serve.
 
@@ -126,7 +141,9 @@ def up(config: Path | None, **flags: Any) -> None:
 @cli.command()
 @_net_options
 def client(config: Path | None, **flags: Any) -> None:
-    """Use a mesh from this machine without lending it: no engine, no model, the same local API.
+    """Use a mesh from this machine without lending it.
+
+    No engine, no model, the same local API.
 
     \b
     mesh client --join mesh1...            then: curl http://localhost:9337/v1/models
@@ -137,9 +154,25 @@ def client(config: Path | None, **flags: Any) -> None:
 
 
 @cli.command()
-@click.option("--uses", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many may join with it.")
-@click.option("--expires", "expires_s", default="1h", show_default=True, callback=_duration, help="For how long.")
-@click.option("--role", type=click.Choice(["worker", "client"]), default="worker", show_default=True)
+@click.option(
+    "--uses", type=click.IntRange(1, 1000), metavar="N", default=1, show_default=True, help="How many may join with it."
+)
+@click.option(
+    "--expires",
+    "expires_s",
+    metavar="TIME",
+    default="1h",
+    show_default=True,
+    callback=_duration,
+    help="For how long: 90s, 10m, 1h or 7d.",
+)
+@click.option(
+    "--role",
+    type=click.Choice(["worker", "client"]),
+    default="worker",
+    show_default=True,
+    help="Lend memory and compute, or use the mesh only.",
+)
 @_state_dir
 @_json
 def invite(state_dir: Path | None, **arguments: Any) -> None:
@@ -181,7 +214,10 @@ def plan(state_dir: Path | None, as_json: bool, **flags: Any) -> None:
 @_state_dir
 @_json
 def doctor(state_dir: Path | None, as_json: bool) -> None:
-    """Check this machine: tools, engine, devices, ports, models. Exit 1 when something needs doing."""
+    """Check this machine, with a remedy for each finding.
+
+    Looks at the engine, tools, devices, disk, models, and the node or its ports. Exit 1 when something is wrong.
+    """
     from mesh.cli import doctor as checks
 
     checks.run(_dir(state_dir), as_json)
@@ -191,7 +227,7 @@ def doctor(state_dir: Path | None, as_json: bool) -> None:
 @click.argument("code")
 @_state_dir
 def approve(code: str, state_dir: Path | None) -> None:
-    """Let in a machine on this network by the code that it shows."""
+    """Let in a machine by the code that it shows (not built yet)."""
     from mesh.cli import remote_commands
 
     remote_commands.approve(_dir(state_dir), code)
@@ -200,11 +236,12 @@ def approve(code: str, state_dir: Path | None) -> None:
 @cli.command()
 @click.argument("node")
 @_state_dir
-def revoke(node: str, state_dir: Path | None) -> None:
+@_json
+def revoke(node: str, state_dir: Path | None, as_json: bool) -> None:
     """Throw NODE (a name or an id from `mesh status`) out, for good."""
     from mesh.cli import remote_commands
 
-    remote_commands.revoke(_dir(state_dir), node)
+    remote_commands.revoke(_dir(state_dir), node, as_json)
 
 
 @cli.command()
@@ -213,7 +250,7 @@ def leave(state_dir: Path | None) -> None:
     """Leave the mesh for good and stop; coming back takes a new invite."""
     from mesh.cli import remote_commands
 
-    remote_commands.stop(_dir(state_dir), "leave")
+    remote_commands.leave(_dir(state_dir))
 
 
 @cli.command()
@@ -222,7 +259,7 @@ def down(state_dir: Path | None) -> None:
     """Stop this node; `mesh up` brings it back to the same mesh."""
     from mesh.cli import remote_commands
 
-    remote_commands.stop(_dir(state_dir), "down")
+    remote_commands.down(_dir(state_dir))
 
 
 @cli.command()
@@ -241,15 +278,20 @@ def engine() -> None:
 
 
 @engine.command("build")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
-def engine_build(backend: str) -> None:
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What it shall compute on."
+)
+@_no_node
+@_json
+def engine_build(backend: str, as_json: bool) -> None:
     """Fetch, patch and compile the engine, unless this user's cache has it."""
     from mesh.cli import local_commands
 
-    local_commands.engine_build(backend)
+    local_commands.engine_build(backend, as_json)
 
 
 @engine.command("info")
+@_no_node
 @_json
 def engine_info(as_json: bool) -> None:
     """What is pinned, and what is built."""
@@ -264,6 +306,7 @@ def models() -> None:
 
 
 @models.command("list")
+@_no_node
 @_json
 def models_list(as_json: bool) -> None:
     """Models in the models folder."""
@@ -273,7 +316,8 @@ def models_list(as_json: bool) -> None:
 
 
 @models.command("inspect")
-@click.argument("model", metavar="PATH|NAME")
+@click.argument("model", metavar="PATH|NAME", callback=_not_empty)
+@_no_node
 @_json
 def models_inspect(model: str, as_json: bool) -> None:
     """What a model is, what it asks of memory, and its fingerprint."""
@@ -284,24 +328,36 @@ def models_inspect(model: str, as_json: bool) -> None:
 
 @models.command("demo")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--preset", type=click.Choice(["demo", "mid"]), default="demo", show_default=True, help="30 MB, or 270.")
 @click.option(
-    "--preset", type=click.Choice(["demo", "mid"]), default="demo", show_default=True, help="Tens of MB, or 270."
+    "--shards", type=click.IntRange(1, 99), metavar="N", default=1, show_default=True, help="Write it in N files."
 )
-@click.option("--shards", type=click.IntRange(1, 99), default=1, show_default=True, help="Write it in this many files.")
-def models_demo(path: Path | None, preset: str, shards: int) -> None:
-    """Write a small seeded model, the same bytes on every machine."""
+@_no_node
+@_json
+def models_demo(path: Path | None, preset: str, shards: int, as_json: bool) -> None:
+    """Write a small seeded model, the same bytes on every machine.
+
+    PATH is a file or a directory; without it, the models folder.
+    """
     from mesh.cli import model_commands
 
-    model_commands.demo(path, preset, shards)
+    model_commands.demo(path, preset, shards, as_json)
 
 
 @cli.command()
-@click.option("--tokens", type=click.IntRange(1, 4096), default=64, show_default=True, help="Tokens to generate.")
-@click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True)
+@click.option(
+    "--tokens", type=click.IntRange(1, 4096), metavar="N", default=64, show_default=True, help="Tokens to generate."
+)
+@click.option(
+    "--runs", type=click.IntRange(1, 100), metavar="N", default=3, show_default=True, help="How often to measure."
+)
 @_state_dir
 @_json
 def bench(state_dir: Path | None, **arguments: Any) -> None:
-    """Measure the running mesh: time to first token, prompt and generation tok/s."""
+    """Measure the running mesh.
+
+    Time to first token, prompt and generation tok/s, through this machine's own API; the median of some runs.
+    """
     from mesh.cli import remote_commands
 
     remote_commands.bench(_dir(state_dir), **arguments)
@@ -312,5 +368,59 @@ def _dir(given: Path | None) -> Path:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    cli(prog_name="mesh")
+    """Entry point of the console script. Exit status: 0, 1 failed, 2 wrong usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name this terminal cannot show is no reason to stop
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _interrupt(*_: object) -> None:
+    # As Ctrl-C does: whatever is under way, a compiler for one, is stopped on the way out.
+    raise KeyboardInterrupt
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        status = cli.main(arguments, prog_name="mesh", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.UsageError as error:
+        of = "mesh" if error.ctx is None else error.ctx.command_path
+        output.show_error(UsageError(_sentence(error.format_message()), remedy=f"see: {of} --help"), arguments)
+        return 2
+    except click.ClickException as error:
+        output.show_error(MeshError(error.format_message()), arguments)
+        return 1
+    except MeshError as error:
+        output.show_error(error, arguments)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        # Whoever reads us, `head` for one, has seen enough; nothing more is flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        output.show_error(internal_error(error, _state_dir_in(arguments)), arguments)
+        return 1
+
+
+def _sentence(text: str) -> str:
+    """Click's words in the form of ours."""
+    return (text[:1].lower() + text[1:]).rstrip(".").replace("Did you mean", "did you mean")
+
+
+def _state_dir_in(arguments: list[str]) -> Path:
+    for at, argument in enumerate(arguments):
+        if argument.startswith("--state-dir="):
+            return _dir(Path(argument.partition("=")[2]))
+        if argument == "--state-dir" and at + 1 < len(arguments):
+            return _dir(Path(arguments[at + 1]))
+    return default_state_dir()

@@ -37,7 +37,7 @@ def list_all(as_json: bool) -> None:
         for model in scan.models
     ]
     if rows:
-        print_table(None, ["model", "size>", "type", "architecture", "layers>"], rows)
+        print_table(["model", "size>", "type", "architecture", "layers>"], rows)
     for path, error in scan.broken:
         click.secho(f"unusable: {path.name}: {error.message}", fg="yellow")
 
@@ -74,10 +74,10 @@ def inspect(name: str, as_json: bool) -> None:
         ["context", f"{file.n_ctx_train} tokens in training"],
         ["chat", "has a chat template" if file.has_chat_template else "no chat template"],
     ]
-    print_table(None, ["", ""], rows)
+    print_table(["", ""], rows)
 
 
-def demo(path: Path | None, preset: str, shards: int) -> None:
+def demo(path: Path | None, preset: str, shards: int, as_json: bool) -> None:
     """Write the demo model; ``path`` may be a directory."""
     name = DEMO_NAME if preset == "demo" else f"{DEMO_NAME}-{preset}"
     target = path or models_directory()
@@ -96,6 +96,9 @@ def demo(path: Path | None, preset: str, shards: int) -> None:
     if shards > 1:
         written = split_gguf(target, shards)
         target.unlink()
+    if as_json:
+        print_json({"paths": [str(part) for part in written], "size_bytes": file.size_bytes})
+        return
     for part in written:
         click.echo(part)
     click.echo(f"{format_size(file.size_bytes)}; serve it with: mesh up --model {written[0]}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -10,12 +11,13 @@ from typing import Any
 
 import click
 import httpx
+import psutil
 
-from mesh.cli.output import print_json, print_table
+from mesh.cli.output import print_json, print_layout, print_table, printable
 from mesh.cli.remote import call, get_status
-from mesh.config import format_size
 from mesh.errors import EngineError, MeshError, StateError
-from mesh.node.statedir import Running, find_running, is_alive
+from mesh.node.record import forget_record, load_record
+from mesh.node.statedir import Running, StateDir, command_for, find_process, find_running, is_alive
 
 STOP_WITHIN_S = 30.0
 
@@ -40,26 +42,11 @@ def status(state_dir: Path, as_json: bool) -> None:
         print_json(found)
         return
     node, mesh, layout, requests = found["node"], found["mesh"], found["layout"], found["requests"]
-    click.echo(f"{node['name']}  {node['role']}  mesh {mesh['id'][:8]}  epoch {mesh['epoch']}  ", nl=False)
+    click.echo(f"{printable(node['name'])}  {node['role']}  mesh {mesh['id'][:8]}  epoch {mesh['epoch']}  ", nl=False)
     click.secho(mesh["state"], fg="green" if mesh["state"] == "serving" else "yellow", bold=True, nl=False)
-    click.echo(f"  {mesh['reason']}" if mesh["reason"] else "")
+    click.echo(f"\n{printable(mesh['reason'])}\n" if mesh["reason"] else "\n")
     if layout is not None:
-        model = layout["model"]
-        click.echo(
-            f"{model['name']}  {format_size(model['size_bytes'])}, {model['n_layers']} layers, {layout['mode']}, "
-            f"predicted {layout['predicted_ms_per_token']:.0f} ms/token\n"
-        )
-        rows = [
-            [
-                m["name"],
-                _layers(m["layers"]),
-                format_size(m["bytes"]),
-                m["device"],
-                "host" if m["id"] == layout["host"] else "",
-            ]
-            for m in layout["ring"]
-        ]
-        print_table(None, ["ring", "layers", "memory>", "device", ""], rows)
+        print_layout(layout)
     if found["peers"]:
         rows = [
             [
@@ -69,15 +56,11 @@ def status(state_dir: Path, as_json: bool) -> None:
             for peer in found["peers"]
         ]  # fmt: skip
         click.echo()
-        print_table(None, ["peer", "role", "state", "path", "address", "rtt>", ""], rows)
+        print_table(["peer", "role", "state", "path", "address", "rtt>", ""], rows)
     click.echo(
         f"\nrequests: {requests['active']} active, {requests['held']} held, {requests['completed']} completed, "
         f"{requests['resumed']} resumed, {requests['failed']} failed"
     )
-
-
-def _layers(layers: list[int] | None) -> str:
-    return "-" if layers is None else f"{layers[0]}-{layers[1]}"
 
 
 def approve(state_dir: Path, code: str) -> None:
@@ -88,31 +71,66 @@ def approve(state_dir: Path, code: str) -> None:
     )
 
 
-def revoke(state_dir: Path, node: str) -> None:
+def revoke(state_dir: Path, node: str, as_json: bool) -> None:
     """Throw a member out."""
     answer = call(find_running(state_dir), "revoke", {"node": node})
-    click.echo(f"{answer['name']} ({answer['id']}) is out; its connections are closed")
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"{printable(answer['name'])} ({answer['id']}) is out; its connections are closed")
 
 
-def stop(state_dir: Path, how: str) -> None:
-    """``down`` or ``leave``, and wait until the process is gone.
+def down(state_dir: Path) -> None:
+    """Stop the node, also one that is still starting or does not answer any more."""
+    running = find_process(state_dir) or find_running(state_dir)  # which says that there is none
+    _end(running, "down", state_dir)
+    click.echo("stopped")
+
+
+def leave(state_dir: Path) -> None:
+    """Stop the node if one runs, and forget the mesh.
 
     Raises:
-        StateError: it does not end within 30 seconds.
+        StateError: this directory is of no mesh.
     """
-    running = find_running(state_dir)
-    call(running, how, {})
+    running = find_process(state_dir)
+    if running is not None:
+        _end(running, "leave", state_dir)
+    elif load_record(state_dir) is None:
+        raise StateError(f"{state_dir} belongs to no mesh", remedy="name the node's directory: --state-dir DIR")
+    with StateDir(state_dir):
+        forget_record(state_dir)
+    click.echo("left the mesh" if running is None else "left the mesh and stopped")
+
+
+def _end(running: Running, how: str, state_dir: Path) -> None:
+    """Ask the node to end, or its process when it does not listen, and wait until it is gone.
+
+    Raises:
+        StateError: it does not end within :data:`STOP_WITHIN_S`.
+    """
+    try:
+        if not running.api_url:
+            raise StateError("it answers nobody yet")
+        call(running, how, {})
+    except StateError:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(running.pid).terminate()
     deadline = time.monotonic() + STOP_WITHIN_S
     while is_alive(running):
         if time.monotonic() > deadline:
             raise StateError(
                 f"the node (pid {running.pid}) is still stopping after {STOP_WITHIN_S:.0f} s",
-                remedy="look at its log: mesh logs",
+                remedy=f"look at its log: {command_for(state_dir, 'logs')}",
             )
         time.sleep(0.05)
-    click.echo("stopped" if how == "down" else "left the mesh and stopped")
 
 
+_SHOWN = (
+    ("time_to_first_token_ms", "time to first token", "ms", 0),
+    ("prompt_tok_per_s", "prompt", "tok/s", 1),
+    ("generation_tok_per_s", "generation", "tok/s", 1),
+)
 _PROMPT = "The machines on the desk, in the attic and under the stairs agreed to share the work. " * 12
 
 
@@ -127,8 +145,9 @@ def bench(state_dir: Path, tokens: int, runs: int, as_json: bool) -> None:
     if as_json:
         print_json({"runs": runs, "tokens": tokens, "layout": found["layout"], **medians})
         return
-    rows = [[key.replace("_", " "), f"{value:.1f}"] for key, value in medians.items()]
-    print_table(f"median of {runs} runs, {len(found['layout']['ring'])} machine(s)", ["", ">"], rows)
+    ring = found["layout"]["ring"]
+    click.echo(f"{' > '.join(printable(m['name']) for m in ring)}, {tokens} tokens, median of {runs} runs\n")
+    print_table(["", ">", ""], [[name, f"{medians[key]:.{digits}f}", unit] for key, name, unit, digits in _SHOWN])
 
 
 def _measure(running: Running, tokens: int, run: int) -> dict[str, float]:

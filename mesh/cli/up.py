@@ -9,44 +9,65 @@ import logging.handlers
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
-from mesh.cli.view import make_view
+from mesh.cli.crash import internal_error
+from mesh.cli.preflight import check, check_gpu_layers
+from mesh.cli.view import LoggedView, make_view
 from mesh.config import Settings, format_size
 from mesh.engine.cache import Engine
-from mesh.errors import UsageError
+from mesh.errors import MeshError, StateError
+from mesh.node.enter import enter
 from mesh.node.prepare import LocalModel, prepare_engine, prepare_model
+from mesh.node.record import Record
 from mesh.node.run import run
 from mesh.node.statedir import StateDir
 from mesh.notice import Notice, View
 
 LOG_BYTES = 4 * 1024 * 1024
+log = logging.getLogger(__name__)
 
 
 def run_node(settings: Settings) -> None:
-    """Run until Ctrl-C, SIGTERM, ``mesh down`` or ``mesh leave``."""
-    view = make_view(plain=settings.plain, json_lines=settings.json_logs)
+    """Run until Ctrl-C, SIGTERM, ``mesh down`` or ``mesh leave``; returns when nothing of the node is left.
+
+    Raises:
+        MeshError: it cannot start, or was thrown out; or something unexpected happened, and the log says what.
+        KeyboardInterrupt: it was interrupted before there was a node.
+    """
+    view = LoggedView(make_view(plain=settings.plain, json_lines=settings.json_logs))
     try:
         with StateDir(settings.state_dir):
-            _log_to(settings.state_dir / "logs" / "mesh.log")
-            if settings.role == "client":
-                engine, model = None, None
-            else:
-                engine = prepare_engine(settings.backend, view)
-                model = prepare_model(settings, engine, view)
-                if settings.gpu_layers is not None and engine.backend == "cpu":
-                    raise UsageError(
-                        "--gpu-layers needs an engine that uses a GPU; this one uses the CPU",
-                        remedy="build one, for example: mesh engine build --backend cuda",
-                    )
-            if engine is not None and model is not None:
-                size = format_size(model.cost.size_bytes)
-                view.show(Notice("model", f"{model.cost.name}  {size}, on disk here"))
-            asyncio.run(_until_stopped(settings, engine, model, view))
+            _log_to(_log_file(settings))
+            try:
+                check(settings)
+                record = asyncio.run(enter(settings, view))
+                engine, model = (None, None) if settings.role == "client" else _equip(settings, view)
+                asyncio.run(_until_stopped(settings, record, engine, model, view))
+            except MeshError as error:
+                log.error("%s", error)
+                raise
+    except MeshError:
+        raise
+    except Exception as error:
+        raise internal_error(error, settings.state_dir) from error
     finally:
         view.close()
 
 
-async def _until_stopped(settings: Settings, engine: Engine | None, model: LocalModel | None, view: View) -> None:
+def _equip(settings: Settings, view: View) -> tuple[Engine, LocalModel | None]:
+    engine = prepare_engine(settings.backend, view)
+    check_gpu_layers(settings, engine.backend)
+    model = prepare_model(settings, engine, view)
+    if model is not None:
+        size = format_size(model.cost.size_bytes)
+        view.show(Notice("model", f"{model.cost.name}, {size}, on disk here", {"model": model.cost.name}))
+    return engine, model
+
+
+async def _until_stopped(
+    settings: Settings, record: Record | None, engine: Engine | None, model: LocalModel | None, view: View
+) -> None:
     stop = asyncio.Event()
     asks = 0
 
@@ -61,6 +82,7 @@ async def _until_stopped(settings: Settings, engine: Engine | None, model: Local
             os._exit(130)  # the engine dies with us: the kernel, or its guard, sees to that
 
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_Surprises(view, _log_file(settings)))
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None:
@@ -68,7 +90,7 @@ async def _until_stopped(settings: Settings, engine: Engine | None, model: Local
                 loop.add_signal_handler(number, asked)
             except NotImplementedError:  # Windows: no handlers in the loop
                 signal.signal(number, lambda *_: loop.call_soon_threadsafe(asked))
-    running = asyncio.ensure_future(run(settings, engine, model, view, stop))
+    running = asyncio.ensure_future(run(settings, record, engine, model, view, stop))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -76,12 +98,38 @@ async def _until_stopped(settings: Settings, engine: Engine | None, model: Local
         await running
 
 
+class _Surprises:
+    """Tells of exceptions that nobody caught, each once, and goes on: the others count on this node."""
+
+    def __init__(self, view: View, path: Path) -> None:
+        self._view = view
+        self._path = path
+        self._told: set[str] = set()
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)  # to the log, with its traceback
+        error = context.get("exception")
+        text = context["message"] if error is None else f"{type(error).__name__}: {error}"
+        if error is not None and text not in self._told:
+            self._told.add(text)
+            self._view.show(Notice("warning", f"internal error: {text}; please report it, with {self._path}"))
+
+
+def _log_file(settings: Settings) -> Path:
+    return settings.state_dir / "logs" / "mesh.log"
+
+
 def _log_to(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=3, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=3, encoding="utf-8")
+    except OSError as error:
+        raise StateError(
+            f"cannot write the log {path}: {error.strerror}", remedy="check its permissions, or choose --state-dir DIR"
+        ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    for noisy in ("httpx", "httpcore", "quic", "asyncio"):
+    for noisy in ("httpx", "httpcore", "quic", "asyncio", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

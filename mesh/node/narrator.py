@@ -14,27 +14,37 @@ from mesh.wire.messages import LoadProgress
 
 
 class Narrator:
-    """Turns what the cores decide into notices.
+    """Turns what the cores decide into notices. A reason is told once, whichever effect brings it first.
 
     Args:
-        api_url: shown when the API can be used.
-        invite: makes the line to paste on the next machine; None when this node lets nobody in.
+        now: the clock, for how long requests had to wait.
     """
 
-    def __init__(self, view: View, me: NodeId, mesh_name: str, members: Callable[[], Members]) -> None:
+    def __init__(
+        self, view: View, me: NodeId, mesh_name: str, members: Callable[[], Members], now: Callable[[], float]
+    ) -> None:
         self._view = view
         self._me = me
         self._mesh_name = mesh_name
         self._members = members
+        self._now = now
         self._known: set[NodeId] = set()
-        self._reason_shown = ""
+        self._told = ""
+        self._stopping = False
+        self._waits_since: float | None = None
         self.api_url = ""
         self.invite: Callable[[], str] | None = None
+        """Makes the command for the next machine; None when this node lets nobody in, or has said so."""
 
     def swept(self, count: int) -> None:
         """Processes of a crashed run were ended."""
         if count:
-            self._say("change", f"ended {count} engine process(es) that an earlier run left behind")
+            processes = "an engine process" if count == 1 else f"{count} engine processes"
+            self._say("change", f"ended {processes} that an earlier run left behind")
+
+    def stopping(self) -> None:
+        """What happens from here on is our own doing, and needs no words."""
+        self._stopping = True
 
     def member(self, effect: membership.Effect, seen: Members) -> None:
         """Somebody came, went quiet, or went."""
@@ -45,7 +55,8 @@ class Narrator:
                 self._say("mesh", f'{kind}{facts.name} is in; "{self._mesh_name}" has {_machines(seen)}', node=node)
             case membership.MemberLost(node, reason):
                 self._known.discard(node)
-                self._say("change", f"{seen.name(node)} is gone ({reason})", node=node, reason=reason)
+                self._told = f"{seen.name(node)} {'is ' if reason == 'unreachable' else ''}{reason}"
+                self._say("change", self._told, node=node, reason=reason)
             case _:
                 pass
 
@@ -54,32 +65,50 @@ class Narrator:
         if adopt.lifts != NO_EPOCH:
             return
         layout, number = adopt.layout, adopt.epoch.number
-        if layout is None:
-            if adopt.reason != self._reason_shown:
-                self._reason_shown = adopt.reason
-                self._say("plan", f"nothing can run yet: {adopt.reason}", epoch=number, reason=adopt.reason)
-            return
-        self._reason_shown = ""
-        why = f" ({adopt.reason})" if adopt.reason else ""
-        self._say("plan", f"{self._describe(layout)}{why}", epoch=number, reason=adopt.reason)
+        new = adopt.reason != self._told
+        self._told = adopt.reason
+        if layout is not None:
+            why = f" ({adopt.reason})" if adopt.reason and new else ""
+            self._say("plan", f"{self._describe(layout)}{why}", epoch=number, reason=adopt.reason)
+        elif new:
+            self._say("plan", f"waiting: {adopt.reason}", epoch=number, reason=adopt.reason)
+            self._offer_invite()
 
     def loading(self, progress: LoadProgress) -> None:
         """A member reads its weights."""
-        name = "this machine" if progress.node == self._me else self._members().name(progress.node)
-        self._view.progress(name, progress.done_bytes, max(progress.total_bytes, 1))
+        label = f"loading on {self._name(progress.node)}"
+        self._view.progress(label, progress.done_bytes, max(progress.total_bytes, 1))
 
     def served(self, layout: Layout) -> None:
         """Requests are answered."""
         where = "here" if layout.host == self._me else f"on {self._members().name(layout.host)}"
         text = f"{self.api_url}/v1   {layout.model.name}, hosted {where}"
-        self._say("ready", text, api=f"{self.api_url}/v1", host=layout.host, model=layout.model.name)
-        if self.invite is not None:
-            make, self.invite = self.invite, None
-            self._say("mesh", f"for the next machine (works once, within the hour):\n       {make()}")
+        waited = None if self._waits_since is None else self._now() - self._waits_since
+        self._waits_since = None
+        if waited is not None:
+            text += f", back in {waited:.1f} s"
+        if self.invite is not None and not self._alone():
+            self.invite = None
+            text += "   (another machine: mesh invite)"
+        self._say("ready", text, api=f"{self.api_url}/v1", host=layout.host, model=layout.model.name, waited_s=waited)
+        self._offer_invite()
 
     def unserved(self, reason: str) -> None:
         """Requests wait."""
-        self._say("change", f"{reason}; requests wait", reason=reason)
+        self._waits_since = self._now()
+        if reason != self._told:
+            self._told = reason
+            self._say("change", f"{reason}; requests wait", reason=reason)
+
+    def _offer_invite(self) -> None:
+        """The command to paste on the next machine, once, and only while there is no other: it holds a secret."""
+        if self.invite is not None and self._alone():
+            make, self.invite = self.invite, None
+            command = make()
+            self._say("invite", f"the next machine joins with (once, within the hour):\n{command}", command=command)
+
+    def _alone(self) -> bool:
+        return len(self._members().members) <= 1
 
     def _describe(self, layout: Layout) -> str:
         model = f"{layout.model.name}, {format_size(layout.model.size_bytes)}"
@@ -89,13 +118,14 @@ class Narrator:
             f"{self._name(member.id)} {_count(member.layers)}{' + output' if member.id == layout.host else ''}"
             for member in layout.ring
         ]
-        return f"{model}: {' > '.join(shares)}   predicted {layout.predicted_ms_per_token:.0f} ms/token"
+        return f"{model}: {' > '.join(shares)}, predicted {layout.predicted_ms_per_token:.0f} ms/token"
 
     def _name(self, node: NodeId) -> str:
         return "this machine" if node == self._me else self._members().name(node)
 
     def _say(self, kind: str, text: str, **data: object) -> None:
-        self._view.show(Notice(kind, text, data))  # type: ignore[arg-type]  # kinds are literals above
+        if not self._stopping:
+            self._view.show(Notice(kind, text, data))  # type: ignore[arg-type]  # kinds are literals above
 
 
 def _count(layers: tuple[int, int] | None) -> str:

@@ -92,7 +92,7 @@ class Node:
         self._clock = clock
         self._shelf = Shelf(model, engine, view, self._tell_facts)
         self._own = OwnFacts(settings, key.id, engine, addresses, model, clock)
-        self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view())
+        self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
         self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
         self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
@@ -195,6 +195,7 @@ class Node:
         if self._stopping:
             return
         self._stopping = True
+        self._narrator.stopping()
         self._members.feed(membership.Leave(reason))
         self._electing.feed(election.Shutdown())
         self._electing.stop()

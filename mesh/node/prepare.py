@@ -90,7 +90,7 @@ def ensure_demo(engine: Engine, view: View) -> ModelFile:
         if file.demo_version == DEMO_VERSION:
             return file
     file = write_demo(
-        path, engine.vocab("llama-spm"), progress=lambda done, total: view.progress("demo model", done, total)
+        path, engine.vocab("llama-spm"), progress=lambda done, total: view.progress(f"writing {path.stem}", done, total)
     )
     view.show(Notice("model", f"wrote {path}, {format_size(file.size_bytes)}"))
     return file

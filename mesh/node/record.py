@@ -27,6 +27,8 @@ class Record(msgspec.Struct, frozen=True):
     members: tuple[MemberAddress, ...] = ()
     epoch: int = 0
     """The highest epoch number followed: never to be followed back."""
+    expelled: bool = False
+    """The mesh threw this node out: only a new invite opens it again."""
 
     def roster(self) -> Roster:
         return Roster(self.mesh, self.founder, self.grants, self.revocations)
@@ -37,6 +39,14 @@ class Record(msgspec.Struct, frozen=True):
 
     def at(self, epoch: int) -> Record:
         return msgspec.structs.replace(self, epoch=epoch)
+
+    def without_us(self) -> Record:
+        """After we were thrown out."""
+        return msgspec.structs.replace(self, expelled=True)
+
+    def is_only(self, key: NodeKey) -> bool:
+        """Did this node found the mesh, and has nobody else ever been let in? Leaving it loses nothing."""
+        return self.founder == key.public and all(grant.subject == key.public for grant in self.grants)
 
 
 def found(key: NodeKey, name: str, wall: float) -> Record:

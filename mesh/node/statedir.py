@@ -9,6 +9,7 @@ logs/                        the engine's output, rotated
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import msgspec
 import psutil
 from filelock import FileLock, Timeout
 
+from mesh.config import default_state_dir
 from mesh.errors import StateError
 from mesh.identity.store import load, save
 
@@ -42,13 +44,16 @@ class StateDir:
         except Timeout as error:
             raise StateError(
                 f"{self.path} is in use by a running node",
-                remedy="stop it with: mesh down   or give this one its own: --state-dir DIR --bind-port N --api-port N",
+                remedy=f"stop it with: {command_for(self.path, 'down')}   "
+                "or give this one its own: --state-dir DIR --bind-port N --api-port N",
             ) from error
         except OSError as error:
             raise StateError(
                 f"cannot use the state directory {self.path}: {error.strerror}",
                 remedy="choose another: --state-dir DIR",
             ) from error
+        # So that a command is told "still starting", and `mesh down` has somebody to stop.
+        write_running(self.path, this_process("", ""))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,8 +68,13 @@ class Running(msgspec.Struct, frozen=True):
     started: float
     """The process's creation time: a pid alone may belong to another program by now."""
     api_url: str
+    """Empty while the node prepares its engine and model, and answers nobody yet."""
     token: str
     """Opens the control endpoints."""
+
+
+def this_process(api_url: str, token: str) -> Running:
+    return Running(os.getpid(), psutil.Process().create_time(), api_url, token)
 
 
 def write_running(state_dir: Path, running: Running) -> None:
@@ -88,16 +98,33 @@ def is_alive(running: Running) -> bool:
         return False
 
 
+def find_process(state_dir: Path) -> Running | None:
+    """The process that holds this state directory, also while it is still starting."""
+    running = load(state_dir / RUNNING_FILE, Running)
+    return running if running is not None and is_alive(running) else None
+
+
 def find_running(state_dir: Path) -> Running:
     """The node of this state directory.
 
     Raises:
-        StateError: none is running there.
+        StateError: none is running there, or it does not answer yet.
     """
-    running = load(state_dir / RUNNING_FILE, Running)
-    if running is None or not is_alive(running):
+    running = find_process(state_dir)
+    if running is None:
         raise StateError(
             f"no node is running in {state_dir}",
             remedy="start one with: mesh up   (or name its directory: --state-dir DIR)",
         )
+    if not running.api_url:
+        raise StateError(
+            f"the node in {state_dir} (pid {running.pid}) is still preparing its engine and model",
+            remedy=f"wait until it says that it is ready:  {command_for(state_dir, 'logs -f')}",
+            code="starting",
+        )
     return running
+
+
+def command_for(state_dir: Path, command: str) -> str:
+    """How to give ``command`` to the node of this directory."""
+    return f"mesh {command}" if state_dir == default_state_dir() else f"mesh {command} --state-dir {state_dir}"
