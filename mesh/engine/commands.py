@@ -67,7 +67,7 @@ def llama_server_command(
         raise EngineError(f"{len(endpoints)} endpoints for {len(layout.workers)} workers")
     context = layout.ctx_size or layout.model.n_ctx_train
     argv = [str(engine.llama_server), "--model", str(model_path), "--alias", layout.model.name]
-    argv += ["--host", LOOPBACK, "--port", str(port), "--no-ui", "--no-slots", "--offline"]
+    argv += ["--host", LOOPBACK, "--port", str(port), "--no-ui", "--metrics", "--offline"]
     argv += ["-t", str(threads), "-c", str(context * layout.parallel), "-np", str(layout.parallel), "-fit", "off"]
     if embeddings:
         argv += ["--embeddings", "--pooling", "mean"]
@@ -165,9 +165,3 @@ def _secret(secret: bytes) -> str:
     if not 16 <= len(secret) <= 64:  # an empty one would leave the door open
         raise EngineError(f"an RPC secret has 16 to 64 bytes, not {len(secret)}")
     return secret.hex()
-
-
-def engine_environment(inherited: Mapping[str, str], launch: Launch) -> dict[str, str]:
-    """A process's whole environment: the user's, less what would configure the engine behind our back."""
-    ours = ("LLAMA_", "GGML_", "MESH_GGUF", "MESH_RPC")
-    return {name: value for name, value in inherited.items() if not name.startswith(ours)} | dict(launch.env)

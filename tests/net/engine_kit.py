@@ -19,7 +19,8 @@ import gguf
 import numpy as np
 
 from mesh.engine.cache import Engine
-from mesh.engine.commands import Launch, engine_environment
+from mesh.engine.commands import Launch
+from mesh.supervise.launch import child_environment
 
 CONTEXT = 512
 
@@ -98,7 +99,7 @@ async def running(launch: Launch) -> AsyncIterator[Process]:
     """The process while in the block; it is gone afterwards."""
     handle = await asyncio.create_subprocess_exec(
         *launch.argv,
-        env=engine_environment(os.environ, launch),
+        env=child_environment(os.environ, launch.env),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -48,7 +48,7 @@ def test_a_flag_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("nmae = 'x'", 'no setting "nmae"'),
-        ("api_port = 'x'", "int"),
+        ("api_port = 'x'", "whole number"),
         ("name = [", "not TOML"),
         ("split = 'maybe'", "--split"),
         ("api_port = 70000", "not a port"),

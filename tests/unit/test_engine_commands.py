@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mesh.engine.cache import Engine
 from mesh.engine.commands import (
-    engine_environment,
     llama_server_command,
     rpc_server_command,
     split_arguments,
@@ -155,12 +154,6 @@ def test_a_layout_that_does_not_carry_each_layer_once_is_refused(ring: list[tupl
 def test_more_devices_than_the_engine_takes_are_refused() -> None:
     with pytest.raises(EngineError, match="16 devices"):
         split_arguments(layout([1] * 17), ports(16))
-
-
-def test_the_users_own_engine_variables_do_not_reach_the_engine() -> None:
-    launch = llama_server_command(ENGINE, layout([4], mode="solo"), Path("m"), 8000, threads=1, api_key="ours")
-    inherited = {"PATH": "/bin", "LLAMA_ARG_CTX_SIZE": "7", "GGML_RPC_DEBUG": "1", "MESH_GGUF_ID": "x"}
-    assert engine_environment(inherited, launch) == {"PATH": "/bin", "LLAMA_API_KEY": "ours"}
 
 
 def test_a_server_is_never_started_without_a_secret() -> None:
