@@ -89,8 +89,21 @@ class MeshNode:
         Raises:
             MeshNodeError: it runs on.
         """
+        self.interrupt()
+        return self.wait_stopped(within)
+
+    def interrupt(self) -> None:
+        """Ctrl-C, without waiting."""
         assert self.process is not None
         self.process.send_signal(signal.SIGINT)
+
+    def wait_stopped(self, within: float = 20.0) -> int:
+        """Wait for the node to exit by itself; returns the exit code.
+
+        Raises:
+            MeshNodeError: it runs on.
+        """
+        assert self.process is not None
         try:
             code = self.process.wait(within)
         except subprocess.TimeoutExpired as error:
@@ -249,7 +262,16 @@ def mesh_of(
             node.start(join=token)
         yield nodes
     finally:
-        for node in nodes.values():
-            if node.running:
-                with contextlib.suppress(MeshNodeError):
-                    node.stop()
+        stop_all(list(nodes.values()))
+
+
+def stop_all(nodes: Sequence[MeshNode], within: float = 20.0) -> None:
+    """Interrupt every running node at once, and kill what does not stop in time."""
+    running = [node for node in nodes if node.running]
+    for node in running:
+        node.interrupt()
+    for node in running:
+        try:
+            node.wait_stopped(within)
+        except MeshNodeError:
+            node.kill()

@@ -107,7 +107,7 @@ def bare(lab: Lab, task: Task, workers: int, counts: Sequence[int] | None) -> It
 
 @contextlib.contextmanager
 def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]]:
-    """``mesh up`` on every machine, the model divided over all of them; asked on a machine that is not the host."""
+    """``mesh up`` on every machine, the model divided over all; asked on the host's machine, as the others are."""
     names = machine_names(workers)
     arguments = ["--no-discovery", "--ctx-size", str(task.ctx_size), "--parallel", "1"]
     arguments += ["--split", "always" if workers else "never"]
@@ -133,7 +133,6 @@ def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]
         figures = Figures("mesh", "", workers, now - began, now - starting_at[0])
         figures.load_bytes = per_worker(lab.counters(), away)
         figures.layers = [0 if m["layers"] is None else m["layers"][1] - m["layers"][0] + 1 for m in ring]
-        # The host's own machine asks, as in the other configurations.
         yield Setting(lab, nodes[host].base_url, host, away), figures
 
 
