@@ -33,6 +33,8 @@ class Timing:
     """Without any proposal, until a node that is not the coordinator proposes itself. Grows with its rank."""
     hold: float = 2.0
     """Until a proposal from somebody who is not the coordinator is followed for want of a better one."""
+    refresh: float = 5.0
+    """The host says this often that it serves, whoever may have missed or doubted it."""
     stable: float = 5.0
     """Serving this long ends a series of failures."""
 

@@ -69,6 +69,7 @@ class Election:
         self._stable = False
         self._stopped = False
         self._led = False
+        self._refresh_at = 0.0
         self._now = 0.0
         self._out: list[Effect] = []
 
@@ -112,6 +113,8 @@ class Election:
         else:
             times += [at + wait for at, wait in [(self._claims.oldest_held(), self._timing.hold)] if at is not None]
             times += [] if self._stand_in_at is None else [self._stand_in_at]
+        if self._served is not None and self._served.host == self._me:
+            times.append(self._refresh_at)
         if self._following.served_at is not None and not self._stable:
             times.append(self._following.served_at + self._timing.stable)
         return min(times, default=None)
@@ -136,7 +139,7 @@ class Election:
             case EngineListening(epoch):
                 self._engine_listening(epoch)
             case EngineServing(epoch, api_key):
-                self._engine_serving(epoch, api_key)
+                self._engine_serving(epoch, api_key, now)
             case EngineFailed(epoch, reason):
                 self._engine_failed(epoch, reason, now)
             case Shutdown():
@@ -261,6 +264,8 @@ class Election:
 
     def _serving(self, sender: NodeId, message: Serving) -> None:
         self._claims.servings[sender] = message
+        if sender == self._following.host and self._following.covers(message.epoch):
+            self._following.downs.pop(sender, None)  # a new process of it took its part up again
         self._check_serving()
 
     def _check_serving(self) -> None:
@@ -285,16 +290,22 @@ class Election:
 
     def _engine_listening(self, epoch: Epoch) -> None:
         following = self._following
-        if following.covers(epoch) and following.engine is Engine.IDLE:
-            following.engine = Engine.LISTENING
+        if following.covers(epoch) and following.engine is not Engine.DOWN:
+            following.engine = Engine.LISTENING  # said again and again until the host has come
             if following.host is not None and following.host != self._me:
                 self._out.append(Send(following.host, WorkerReady(following.epoch)))
 
-    def _engine_serving(self, epoch: Epoch, api_key: str) -> None:
+    def _engine_serving(self, epoch: Epoch, api_key: str, now: float) -> None:
         following = self._following
         if following.covers(epoch) and following.host == self._me and following.engine is not Engine.DOWN:
             following.api_key = api_key
-            self._out.append(Broadcast(Serving(following.epoch, api_key)))
+            self._say_serving(now)
+
+    def _say_serving(self, now: float) -> None:
+        key = self._following.api_key
+        if key is not None and self._following.host == self._me:
+            self._refresh_at = now + self._timing.refresh
+            self._out.append(Broadcast(Serving(self._following.epoch, key)))
 
     def _engine_failed(self, epoch: Epoch, reason: str, now: float) -> None:
         following = self._following
@@ -370,6 +381,8 @@ class Election:
         phase = following.phase(view)
         if phase is Phase.SERVING:
             self._note_stability(now)
+            if now >= self._refresh_at:
+                self._say_serving(now)
         else:
             following.served_at, self._stable = None, False
         self._show_served(following.broken(view) or following.propose.reason)

@@ -85,6 +85,9 @@ class Following:
         )
         if lifted:
             self.aliases |= {old.epoch}
+            # Whoever lifts it holds it to be well; a member that is down says so again under the new number.
+            self.downs = {node: why for node, why in self.downs.items() if node == self._me}
+            self.restarted, self.overdue = {}, ""
         else:
             self._clear()
             self.since = now
