@@ -56,6 +56,8 @@ class Link:
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening = 0
         self._over = False
+        self._lost: str | None = None
+        self._heard_all = False
 
     def __repr__(self) -> str:
         return f"<link to {self.peer}>"
@@ -128,6 +130,11 @@ class Link:
             raise AdmissionError(reply.message, code=reply.code)
         return stream
 
+    def connection_closed(self, reason: str) -> None:
+        """Nothing more will come. What has come is still heard: the last of it may be a good-bye."""
+        self._lost = reason
+        self._end_when_heard()
+
     def stop(self) -> None:
         """Carry nothing more. Does not close the connection."""
         self._over = True
@@ -146,10 +153,9 @@ class Link:
             self.stop()
             self._on_broken(self, reason)
 
-    def _break_unless_closed(self, error: MeshError) -> None:
-        # A closed connection says so itself, with the peer's reason instead of a stream's complaint.
-        if not self.connection.closed:
-            self._break(error.message)
+    def _end_when_heard(self) -> None:
+        if self._heard_all and self._lost is not None:
+            self._break(self._lost)
 
     async def _read(self) -> None:
         try:
@@ -159,7 +165,10 @@ class Link:
         except EOFError:
             self._break("the peer ended the control stream")
         except MeshError as error:
-            self._break_unless_closed(error)
+            if not self.connection.closed:
+                self._break(error.message)
+            self._heard_all = True
+            self._end_when_heard()
         except Exception:
             log.exception("a message of %s could not be dealt with", self.peer)
             self._break("internal error")
@@ -176,7 +185,8 @@ class Link:
                 await self._control.write(frames)
                 self._queued -= len(frames)
         except MeshError as error:
-            self._break_unless_closed(error)
+            if not self.connection.closed:  # else the reader says so, once it has heard everything
+                self._break(error.message)
 
     def _stream_opened(self, stream: Stream) -> None:
         if self._over or self._opening >= MAX_OPENING:

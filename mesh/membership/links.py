@@ -259,7 +259,7 @@ class Links:
             on_broken=self._lose,
         )
         self._links[peer] = link
-        connection.on_close = lambda reason: self._lose(link, reason)
+        connection.on_close = link.connection_closed
         # A lite client comes and goes as it likes, and dials for itself.
         lasting = facts.role == "worker"
         changed = (lasting and self._meet(connection, facts)) or verdict.changed

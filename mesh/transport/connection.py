@@ -126,6 +126,8 @@ class PeerConnection:
     def close(self, code: int = 0, reason: str = "") -> None:
         if self.closed:
             return
+        # What was written goes first: once closing, QUIC sends no stream data, and a last word would never be heard.
+        self.transmit()
         self.quic.close(error_code=code, reason_phrase=reason[:_MAX_REASON])
         self.transmit()
         self._finish(reason or "closed on this side")

@@ -141,9 +141,10 @@ class QuicStream:
             self._fail_writing(f"the peer reset the stream (code {code})")
 
     def lose(self, reason: str) -> None:
-        """The connection is gone. What arrived whole may still be read."""
+        """The connection is gone. What arrived before may still be read, a last word above all."""
         if not self._finished and self._read_error is None:
-            self._fail_reading(reason)
+            self._read_error = reason
+            _wake(self._reader)
         if self._write_error is None:
             self._fail_writing(reason)
 

@@ -134,6 +134,9 @@ def test_a_machine_that_leaves_is_not_waited_for(mesh: Mesh) -> None:
     assert leaver.process is not None and leaver.process.wait(10) == 0
     survivors = [node for node in mesh.nodes.values() if node is not leaver]
     _serves_again(mesh, survivors, before, 2)
+    for node in survivors:
+        gone = next(peer for peer in node.status()["peers"] if peer["name"] == leaver.machine)  # type: ignore[index]
+        assert (gone["state"], gone["excluded"]) == ("left", "left"), "a leave was taken for a crash"
     assert time.monotonic() - began < 15
     mesh.no_orphans(leaver)
     leaver.forget()

@@ -268,3 +268,10 @@ async def test_a_cancelled_read_loses_nothing(pair: Pair) -> None:
     await asyncio.gather(reading, return_exceptions=True)
     await ours.write(b"all of it")
     assert await theirs.read_exactly(9) == b"all of it"
+
+
+async def test_words_written_right_before_a_close_arrive(pair: Pair) -> None:
+    ours, theirs = await pair.stream()
+    await ours.write(b"we are leaving")
+    pair.there.close(0, "gone")
+    assert await theirs.read_exactly(14) == b"we are leaving"
