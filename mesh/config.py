@@ -5,6 +5,7 @@ Precedence: flag, then ``--config`` file (same names, underscores), then the def
 
 from __future__ import annotations
 
+import difflib
 import re
 import socket
 import tomllib
@@ -141,7 +142,18 @@ def load_settings(flags: Mapping[str, Any], config: Path | None) -> Settings:
     try:
         return msgspec.convert(values, Settings, dec_hook=_path).checked()
     except msgspec.ValidationError as error:
-        raise UsageError(f"{config or 'settings'}: {error}") from error
+        raise UsageError(f"{config or 'settings'}: {_in_words(str(error), values)}") from error
+
+
+_SHAPE = re.compile(r"^Expected `(\w+).*`, got .* - at `\$\.(\w+)")
+_WORDS = {"int": "a whole number", "str": "text in quotes", "bool": "true or false", "array": "a list"}
+
+
+def _in_words(problem: str, values: Mapping[str, Any]) -> str:
+    match = _SHAPE.match(problem)
+    if match is None or match[2] not in values:
+        return problem
+    return f"{match[2]} must be {_WORDS.get(match[1], match[1])}, not {values[match[2]]!r}"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -156,11 +168,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     for written, value in raw.items():
         name = written.replace("-", "_")
         if name not in known:
-            raise UsageError(f'{path}: there is no setting "{written}"', remedy=f"known: {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(sorted(known))}"
+            raise UsageError(f'{path}: there is no setting "{written}"', remedy=remedy)
         if name in ("join", "bind_host", "advertise") and isinstance(value, str):
             value = [value]
-        values[name] = parse_size(value) if name == "max_memory" and isinstance(value, str) else value
+        values[name] = _size_in(path, value) if name == "max_memory" and isinstance(value, str) else value
     return values
+
+
+def _size_in(path: Path, text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise UsageError(f"{path}: max_memory: {error.message}", remedy=error.remedy) from error
 
 
 def _path(kind: type, value: Any) -> Any:

@@ -414,7 +414,7 @@ def _run(arguments: list[str]) -> int:
 
 def _sentence(text: str) -> str:
     """Click's words in the form of ours."""
-    return (text[:1].lower() + text[1:]).rstrip(".").replace("Did you mean", "did you mean")
+    return (text[:1].lower() + text[1:]).rstrip(".").replace(". Did you mean", "; did you mean")
 
 
 def _state_dir_in(arguments: list[str]) -> Path:

@@ -45,7 +45,7 @@ def run_node(settings: Settings) -> None:
                 engine, model = (None, None) if settings.role == "client" else _equip(settings, view)
                 asyncio.run(_until_stopped(settings, record, engine, model, view))
             except MeshError as error:
-                log.error("%s", error)
+                log.error("%s", error.message)
                 raise
     except MeshError:
         raise

@@ -115,8 +115,8 @@ class Coordination:
         self._cause = ""
         self._accept_by: float | None = None
         self._retry_at = 0.0
-        self._renumber_wait = timing.gather
-        self._renumbered_at = float("-inf")
+        self._gather_wait = timing.gather
+        self._gathered_at = float("-inf")
 
     # -- timers --------------------------------------------------------------------------------------------------------
 
@@ -140,20 +140,29 @@ class Coordination:
         self._considered = self._noticed = None
 
     def gather(self, now: float) -> None:
-        """Word of another layout came: weigh it, once more of it is here."""
-        self._agenda.soon(now + self._timing.gather)
+        """Word of another layout or a higher number came: decide, once more of it is here.
+
+        Two who both think they lead must not chase each other in circles: the wait doubles until there was peace.
+        """
+        if self._request is not None or self._agenda.at is not None:
+            return
+        if now > self._gathered_at + 10:
+            self._gather_wait = self._timing.gather
+        self._agenda.soon(now + self._gather_wait)
+        self._gathered_at = now
+        self._gather_wait = min(5.0, self._gather_wait * 2)
 
     def expect_acceptance(self, now: float) -> None:
         self.accepted = set()
         self._accept_by = None if self._following.layout is None else now + self._timing.accept
 
-    def failed(self, now: float) -> None:
+    def failed(self, why: str, now: float) -> None:
         """The layout followed came to nothing: count it once an epoch."""
         following = self._following
         if following.layout is not None and not following.failure_counted:
             following.failure_counted = True
             shape = following.layout.shape()
-            self.backoff.failed(shape)
+            self.backoff.failed(shape, why)
             self._retry_at = now + self.backoff.delay(shape)
 
     @property
@@ -181,7 +190,7 @@ class Coordination:
             self._cause = broken
             self._agenda.soon(self._retry_at if following.failure_counted else now)
         elif is_idle and following.epoch != NO_EPOCH and self.seen > following.epoch:
-            self._renumber_soon(now)
+            self.gather(now)
         if self._request is None and self._agenda.is_due(now):
             return self._ask(view, signature, self.holds.held(now), now)
         return None
@@ -203,20 +212,9 @@ class Coordination:
             self._cause = self._cause or "the machines have changed"
             self._agenda.settle(now)
 
-    def _renumber_soon(self, now: float) -> None:
-        """Somebody follows a higher number: ours must rise above it.
-
-        Two who both think they lead must not chase each other in circles: the wait doubles until there was peace.
-        """
-        if now > self._renumbered_at + 10:
-            self._renumber_wait = self._timing.gather
-        self._agenda.soon(now + self._renumber_wait)
-        self._renumbered_at = now
-        self._renumber_wait = min(5.0, self._renumber_wait * 2)
-
     def _check_deadlines(self, view: View, now: float) -> None:
         following, layout = self._following, self._following.layout
-        if layout is None or following.broken(view):
+        if layout is None or following.broken(view) or following.api_key is not None:
             self._accept_by = None
             return
         if self._accept_by is not None and now >= self._accept_by:
@@ -230,7 +228,7 @@ class Coordination:
         if following.phase(view) is Phase.STARTING and now >= following.since + limit:
             following.overdue = f"not served within {limit:.0f} s"
         if following.overdue:
-            self.failed(now)
+            self.failed(following.overdue, now)
 
     def _signature(self, view: View, now: float) -> _Signature:
         able = [facts for facts in view.facts if facts.role == "worker"]
@@ -279,8 +277,7 @@ class Coordination:
         if keep is not None and (layout is None or keep.layout is None or layout.shape() == keep.layout.shape()):
             return self._keep(keep)
         if layout is not None and self.backoff.is_exhausted(layout.shape()):
-            times = self.backoff.failures(layout.shape())
-            reason = f"FAILED: the same layout failed {times} times: {request.cause}"[:1024]
+            reason = f"FAILED: {self.backoff.story(layout.shape())}"[:1024]
             layout = None
         mine = self._following
         if layout is None and mine.layout is None and mine.propose.reason == reason and self.seen == mine.epoch:

@@ -326,7 +326,7 @@ class Election:
             self._coordination.holds.strike(node, f"engine on {share.name}: {reason}", now)
         following.downs[node] = f"engine on {share.name}: {reason}"
         following.api_key = None
-        self._coordination.failed(now)
+        self._coordination.failed(following.downs[node], now)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 

@@ -19,13 +19,18 @@ class Backoff:
         self._base = base
         self._cap = cap
         self.limit = limit
-        self._failures: dict[Hashable, int] = {}
+        self._failures: dict[Hashable, tuple[int, str]] = {}
 
-    def failed(self, shape: Hashable) -> None:
-        self._failures[shape] = self._failures.get(shape, 0) + 1
+    def failed(self, shape: Hashable, why: str) -> None:
+        self._failures[shape] = (self.failures(shape) + 1, why)
 
     def failures(self, shape: Hashable) -> int:
-        return self._failures.get(shape, 0)
+        return self._failures.get(shape, (0, ""))[0]
+
+    def story(self, shape: Hashable) -> str:
+        """How often, and what happened last; for people."""
+        times, why = self._failures.get(shape, (0, ""))
+        return f"the same layout failed {times} times; the last time: {why}"
 
     def delay(self, shape: Hashable) -> float:
         n = self.failures(shape)

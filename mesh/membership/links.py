@@ -25,7 +25,6 @@ from mesh.wire.messages import (
     Hello,
     Join,
     Joined,
-    Leaving,
     MemberAddress,
     Members,
     Open,
@@ -190,12 +189,10 @@ class Links:
         return revocation
 
     async def close(self, reason: str) -> None:
-        """Tell everyone that this node leaves, and close all links."""
+        """Close all links, once what was queued for them is out: a good-bye, most likely."""
         self._closed = True
         links = list(self._links.values())
         self._links.clear()
-        for link in links:
-            link.send(Leaving(reason[:1024]))
         await self._dialer.close()
         await _flush(*links)
         for link in links:

@@ -81,10 +81,11 @@ async def test_a_grant_that_one_member_lacks_comes_with_the_newcomer(party: Part
     assert anna.roster.role_of(key.public, party.wall) == "worker"
 
 
-async def test_leaving_is_said_and_seen(party: Party) -> None:
+async def test_a_good_bye_queued_before_the_close_is_heard(party: Party) -> None:
     anna = await party.node("anna")
     ben = await party.node("ben", knows=(anna,))
     await eventually(lambda: anna.ups and ben.ups)
+    ben.links.broadcast(Leaving("going home"))
     await ben.stop("going home")
     await eventually(lambda: anna.downs)
     assert anna.messages == [(ben.key.id, Leaving("going home"))]
