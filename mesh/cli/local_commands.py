@@ -18,11 +18,12 @@ from mesh.config import Settings, load_settings
 from mesh.election.events import NeedPlan
 from mesh.engine.cache import entry_dir, find_engine
 from mesh.engine.pin import SOURCE, engine_pin, patch_queue
-from mesh.errors import MeshError, StateError
+from mesh.errors import MeshError, StateError, UsageError
 from mesh.identity.key import NodeKey
+from mesh.models.inventory import Inventory
 from mesh.node.facts import OwnFacts
 from mesh.node.planning import answer_plan
-from mesh.node.prepare import prepare_engine, prepare_model
+from mesh.node.prepare import LocalModel, measure, prepare_engine, prepare_model
 from mesh.node.statedir import find_running
 
 _LOG_FILES = ("mesh.log", "llama-server.log", "rpc-server.log")
@@ -71,18 +72,35 @@ def plan(state_dir: Path, as_json: bool, flags: dict[str, Any]) -> None:
     except StateError:
         answer = _plan_alone(load_settings(flags, None))
     else:
-        if flags:
-            raise MeshError(
-                f"the running node plans with its own settings; {', '.join(flags)} cannot be tried on it yet",
-                remedy="leave the options out, or stop the node first: mesh down",
-            )
-        answer = call(running, "plan", {})
+        answer = call(running, "plan", _trial(flags))
     if as_json:
         print_json(answer)
     else:
         _show_plan(answer)
     if answer["layout"] is None:
         raise SystemExit(1)
+
+
+def _trial(flags: dict[str, Any]) -> dict[str, Any]:
+    """What to try out on the running node."""
+    for name in ("backend", "gpu_layers"):
+        if name in flags:
+            raise UsageError(
+                f"--{name.replace('_', '-')} belongs to the node that runs, and cannot be tried out on it",
+                remedy="leave it out, or stop the node first: mesh down",
+            )
+    trial = dict(flags)
+    if "model" in trial:
+        trial["model"] = msgspec.to_builtins(_measured(trial["model"]).cost)
+    return trial
+
+
+def _measured(name: str) -> LocalModel:
+    view = make_view(plain=False, json_lines=False, stream=sys.stderr)
+    try:
+        return measure(Inventory().find(name), view)
+    finally:
+        view.close()
 
 
 def _plan_alone(settings: Settings) -> dict[str, Any]:

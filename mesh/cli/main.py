@@ -203,7 +203,8 @@ def status(state_dir: Path | None, as_json: bool) -> None:
 def plan(state_dir: Path | None, as_json: bool, **flags: Any) -> None:
     """Show who would carry what, before anything starts.
 
-    With a running node: the plan over the machines in its mesh. Without: over this machine alone.
+    With a running node: over the machines in its mesh, as if it had been started with these options. Without: over
+    this machine alone.
     """
     from mesh.cli import local_commands
 

@@ -13,6 +13,7 @@ from mesh.clock import Clock
 from mesh.errors import AdmissionError, PlanError, UsageError
 from mesh.identity.invite import create_invite
 from mesh.node.node import Node
+from mesh.node.planning import Trial
 from mesh.wire.facts import Role
 
 DEFAULT_EXPIRY_S = 3600.0
@@ -98,8 +99,12 @@ class Control:
         self._node.links.revoke(facts.id)
         return {"id": facts.id, "name": facts.name}
 
-    def _plan(self, _: dict[str, Any]) -> dict[str, Any]:
-        planned = self._node.plan_now()
+    def _plan(self, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            trial = msgspec.convert(args, Trial)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"plan: {error}") from error
+        planned = self._node.plan_now(trial)
         if planned.layout is None and not planned.reason:
             raise PlanError("there is no model to plan for", remedy="mesh up --model FILE")
         layout = None if planned.layout is None else msgspec.to_builtins(planned.layout)

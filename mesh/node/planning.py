@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from mesh.election.events import NeedPlan, Planned
 from mesh.plan.choice import choose_model
 from mesh.plan.search import plan
-from mesh.wire.facts import Layout, NodeId
+from mesh.wire.facts import Bytes64, Layout, ModelCost, NodeFacts, NodeId
+
+
+class Trial(Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of one node that differ from those it runs with. Nought or None: as they are."""
+
+    model: ModelCost | None = None
+    ctx_size: Annotated[int, Meta(ge=0, le=2**24)] = 0
+    parallel: Annotated[int, Meta(ge=0, le=256)] = 0
+    split: Literal["auto", "always", "never"] | None = None
+    max_memory: Bytes64 = 0
+
+
+def tried(members: Sequence[NodeFacts], me: NodeId, trial: Trial) -> tuple[NodeFacts, ...]:
+    """The members as they would be, had this node been started with ``trial``."""
+    return tuple(_tried(facts, trial) if facts.id == me else _asked(facts, trial) for facts in members)
+
+
+def _tried(facts: NodeFacts, trial: Trial) -> NodeFacts:
+    facts = replace(
+        facts,
+        ctx_size=trial.ctx_size or facts.ctx_size,
+        parallel=trial.parallel or facts.parallel,
+        split=trial.split or facts.split,
+        budget_bytes=trial.max_memory or facts.budget_bytes,
+    )
+    model = trial.model
+    if model is None:
+        return facts
+    others = (known for known in facts.models if known.fingerprint != model.fingerprint)
+    return replace(facts, models=(model, *others), wants=model.fingerprint)
+
+
+def _asked(facts: NodeFacts, trial: Trial) -> NodeFacts:
+    # One mesh serves one model: what the others were started for would win by their number.
+    return facts if trial.model is None else replace(facts, wants="")
 
 
 def answer_plan(request: NeedPlan, me: NodeId, rtt_ms: Mapping[NodeId, float]) -> Planned:
