@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from mesh.election.claims import Claims
 from mesh.election.coordinate import Coordination, Timing, rightful, workers
+from mesh.election.damping import StandIn
 from mesh.election.events import (
     Adopt,
     Effect,
@@ -63,9 +64,7 @@ class Election:
         self._leader: NodeId | None = None
         """Who coordinates, by our view."""
         self._served: Served | None = None
-        self._stand_in = False
-        self._stand_in_at: float | None = None
-        self._stand_ins = 0
+        self._stand_in = StandIn(self._timing.patience)
         self._stable = False
         self._stopped = False
         self._led = False
@@ -112,7 +111,7 @@ class Election:
             times += self._coordination.timers(view, now)
         else:
             times += [at + wait for at, wait in [(self._claims.oldest_held(), self._timing.hold)] if at is not None]
-            times += [] if self._stand_in_at is None else [self._stand_in_at]
+            times += [] if self._stand_in.at is None else [self._stand_in.at]
         if self._served is not None and self._served.host == self._me:
             times.append(self._refresh_at)
         if self._following.served_at is not None and not self._stable:
@@ -346,7 +345,7 @@ class Election:
         if self._view is not None:
             following.note_boots(self._view)
         self._claims.settle(propose.epoch)
-        self._stand_in, self._stand_in_at = False, None
+        self._stand_in.end()
         if propose.epoch.number > known:
             self._out.append(Remember(propose.epoch.number))
         self._out.append(Adopt(propose.epoch, propose.layout, propose.reason, propose.lifts if lifted else NO_EPOCH))
@@ -358,7 +357,7 @@ class Election:
         self._check_ready()
 
     def _leads(self) -> bool:
-        return self._stand_in or self._leader == self._me
+        return self._stand_in.is_active or self._leader == self._me
 
     def _review(self, now: float) -> None:
         """After every event: what follows from where we stand now."""
@@ -372,7 +371,7 @@ class Election:
             coordination.expect_acceptance(now)
         self._led = leads
         if leads:
-            self._stand_in_at = None
+            self._stand_in.rest()
             self._decide(coordination.review(view, now), now)
         else:
             coordination.stand_down()
@@ -400,25 +399,21 @@ class Election:
                 self._adopt(propose, now)
 
     def _consider_standing_in(self, view: View, now: float) -> None:
-        """The coordinator may be wrong about its duty, or we about the coordinator: nobody waits for ever."""
         able = [facts.id for facts in workers(view)]
         if self._me not in able or self._following.phase(view) is not Phase.ELECTING:
-            self._stand_in_at = None
-            return
-        if self._stand_in_at is None:
-            wait = self._timing.patience * (1 + able.index(self._me)) * 2.0 ** min(self._stand_ins, 5)
-            self._stand_in_at = max(now, self._coordination.retry_at) + wait
-        elif now >= self._stand_in_at:
-            self._stand_in, self._stand_in_at = True, None
-            self._stand_ins += 1
+            self._stand_in.rest()
+        elif self._stand_in.begins(now):
             self._decide(self._coordination.review(view, now), now)
+        else:
+            self._stand_in.wait(able.index(self._me), max(now, self._coordination.retry_at))
 
     def _note_stability(self, now: float) -> None:
         following = self._following
         if following.served_at is None:
             following.served_at = now
         elif not self._stable and now >= following.served_at + self._timing.stable:
-            self._stable, self._stand_ins = True, 0
+            self._stable = True
+            self._stand_in.all_is_well()
             self._coordination.backoff.forget()
 
     def _show_served(self, reason: str) -> None:

@@ -85,6 +85,43 @@ class HoldOffs:
         return min((until for until, _ in self._held.values() if until > now), default=None)
 
 
+class StandIn:
+    """When a node that is not the coordinator acts for it: the coordinator may be wrong about its duty, or we about it.
+
+    Patience grows with the node's rank, so that one comes first, and doubles with every use until things go well.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._uses = 0
+        self.at: float | None = None
+        self.is_active = False
+
+    def wait(self, rank: int, since: float) -> None:
+        """Nobody has proposed what is needed; count from ``since``, unless counting already."""
+        if self.at is None:
+            self.at = since + self._patience * (1 + rank) * 2.0 ** min(self._uses, 5)
+
+    def begins(self, now: float) -> bool:
+        """Whether it is time; from now on the node leads, until somebody's proposal is followed."""
+        if self.at is None or now < self.at:
+            return False
+        self.is_active, self.at = True, None
+        self._uses += 1
+        return True
+
+    def rest(self) -> None:
+        """No need, for now."""
+        self.at = None
+
+    def end(self) -> None:
+        """Somebody proposed."""
+        self.is_active, self.at = False, None
+
+    def all_is_well(self) -> None:
+        self._uses = 0
+
+
 class Agenda:
     """When the coordinator looks at the layout again: at once, or when joins have settled.
 
