@@ -25,15 +25,14 @@ from mesh.election.events import (
     Planned,
     Received,
     Remember,
-    Served,
     Shutdown,
     Status,
     Tick,
-    Unserved,
     ViewChanged,
     WorkersReady,
 )
 from mesh.election.following import Engine, Following, Phase, departure
+from mesh.election.routing import Routing
 from mesh.membership.events import Broadcast, Send
 from mesh.membership.view import View
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeId
@@ -63,9 +62,8 @@ class Election:
         self._view: View | None = None
         self._leader: NodeId | None = None
         """Who coordinates, by our view."""
-        self._served: Served | None = None
+        self._routing = Routing(self._following, self._timing.stable)
         self._stand_in = StandIn(self._timing.patience)
-        self._stable = False
         self._stopped = False
         self._led = False
         self._refresh_at = 0.0
@@ -112,10 +110,11 @@ class Election:
         else:
             times += [at + wait for at, wait in [(self._claims.oldest_held(), self._timing.hold)] if at is not None]
             times += [] if self._stand_in.at is None else [self._stand_in.at]
-        if self._served is not None and self._served.host == self._me:
+        served, stable_at = self._routing.served, self._routing.stable_at
+        if served is not None and served.host == self._me:
             times.append(self._refresh_at)
-        if self._following.served_at is not None and not self._stable:
-            times.append(self._following.served_at + self._timing.stable)
+        if stable_at is not None:
+            times.append(stable_at)
         return min(times, default=None)
 
     # -- events --------------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ class Election:
                 self._engine_failed(epoch, reason, now)
             case Shutdown():
                 self._stopped = True
-                self._show_served("this machine is shutting down")
+                self._out += self._routing.close("this machine is shutting down")
                 return self._out
             case Tick():
                 pass
@@ -377,14 +376,12 @@ class Election:
             coordination.stand_down()
             self._follow_for_want_of_better(view, now)
             self._consider_standing_in(view, now)
-        phase = following.phase(view)
-        if phase is Phase.SERVING:
-            self._note_stability(now)
-            if now >= self._refresh_at:
-                self._say_serving(now)
-        else:
-            following.served_at, self._stable = None, False
-        self._show_served(following.broken(view) or following.propose.reason)
+        self._out += self._routing.update(view, now)
+        if self._routing.becomes_stable(now):
+            self._stand_in.all_is_well()
+            coordination.backoff.forget()
+        if self._routing.served is not None and now >= self._refresh_at:
+            self._say_serving(now)
 
     def _follow_for_want_of_better(self, view: View, now: float) -> None:
         oldest = self._claims.oldest_held()
@@ -406,27 +403,3 @@ class Election:
             self._decide(self._coordination.review(view, now), now)
         else:
             self._stand_in.wait(able.index(self._me), max(now, self._coordination.retry_at))
-
-    def _note_stability(self, now: float) -> None:
-        following = self._following
-        if following.served_at is None:
-            following.served_at = now
-        elif not self._stable and now >= following.served_at + self._timing.stable:
-            self._stable = True
-            self._stand_in.all_is_well()
-            self._coordination.backoff.forget()
-
-    def _show_served(self, reason: str) -> None:
-        following = self._following
-        serves = (
-            not self._stopped
-            and self._view is not None
-            and following.host is not None
-            and following.api_key is not None
-            and following.phase(self._view) is Phase.SERVING
-        )
-        now_served = Served(following.epoch, following.host, following.api_key) if serves else None  # type: ignore[arg-type]
-        if now_served == self._served:
-            return
-        self._served = now_served
-        self._out.append(Unserved(reason) if now_served is None else now_served)

@@ -44,7 +44,6 @@ class Following:
         self.aliases: frozenset[Epoch] = frozenset()
         """Numbers the same running layout had before."""
         self.api_key: str | None = None
-        self.served_at: float | None = None
         self.downs: dict[NodeId, str] = {}
         """Ring members whose part ended, and why."""
         self.restarted: dict[NodeId, str] = {}

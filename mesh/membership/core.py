@@ -34,6 +34,7 @@ from mesh.membership.events import (
     Tick,
 )
 from mesh.membership.hearsay import Cuts, Errands
+from mesh.membership.patience import Patience
 from mesh.membership.standing import TRANSITIONS, Peer, Sign, Standing
 from mesh.membership.view import Departed, Member, View
 from mesh.wire.facts import NodeFacts, NodeId
@@ -53,8 +54,7 @@ class Membership:
         incarnation: larger than in any earlier run of this node; ``int(wall seconds) << BOOT_SHIFT`` will do.
         probe_interval: seconds of silence after which a peer is probed. Doubles and so on past 32 members.
         ping_timeout: seconds until an unanswered probe makes a suspect; the measured round trip is added.
-        stall_allowance: seconds a peer may sleep without being called dead. The verdict falls at
-            ``stall_allowance + 1.2 * probe_interval + 0.2 + 2 * round trip`` after it was last heard.
+        stall_allowance: seconds a peer may sleep without being called dead; see :class:`Patience` for when it is.
         vouch_life: seconds another member's word for a peer counts.
         helpers: how many members are asked at a time.
     """
@@ -72,10 +72,7 @@ class Membership:
     ) -> None:
         self._facts = facts
         self._incarnation = incarnation
-        self._probe_interval = probe_interval
-        self._ping_timeout = ping_timeout
-        self._stall_allowance = stall_allowance
-        self._vouch_life = vouch_life
+        self._patience = Patience(facts.id, probe_interval, ping_timeout, stall_allowance, vouch_life, probe_interval)
         self._helpers = helpers
         self._peers: dict[NodeId, Peer] = {}
         self._cuts = Cuts()
@@ -125,7 +122,9 @@ class Membership:
         if not self._stale and self._due is not None:
             return self._due
         self._stale = False
-        self._due = min((due for peer in self._peers.values() if (due := self._due_of(peer)) is not None), default=None)
+        self._due = min(
+            (due for peer in self._peers.values() if (due := self._patience.due(peer)) is not None), default=None
+        )
         return self._due
 
     # -- events --------------------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ class Membership:
         if self._due is None:
             return
         late = now - self._due
-        if late > self._probe_interval:
+        if late > self._patience.probe_interval:
             for peer in self._peers.values():
                 peer.forgive(late, now)
             self._errands.drop()
@@ -205,7 +204,7 @@ class Membership:
             if other.id == node or not other.is_member:
                 continue
             self._out.append(Send(node, Facts(other.facts)))
-            if self._hears(other, now):
+            if self._patience.hears(other, now):
                 self._out.append(Send(node, Rumour(other.id, other.incarnation, "alive")))
             elif other.standing is Standing.CUT:
                 self._out.append(Send(node, Rumour(other.id, other.incarnation, "suspect")))
@@ -216,7 +215,7 @@ class Membership:
             return
         peer.linked, peer.ping = False, None
         if reason is Down.CLOSED:
-            peer.hurry_at = now + self._ping_timeout + 2 * (peer.rtt or 0.0)
+            peer.hurry_at = now + self._patience.ping_timeout + 2 * (peer.rtt or 0.0)
         if peer.standing is Standing.ALIVE:
             self._move(peer, Sign.SILENT, now)
         self._watch(peer, now)
@@ -248,61 +247,27 @@ class Membership:
 
     # -- probing -------------------------------------------------------------------------------------------------------
 
-    def _interval(self) -> float:
-        return self._probe_interval * max(1.0, len(self._peers) / 32)
-
-    def _patience(self, peer: Peer) -> float:
-        """Seconds of silence until the verdict."""
-        return self._stall_allowance + 1.2 * self._interval() + 0.2 + 2 * min(peer.rtt or 0.0, 1.0)
-
-    def _probe_after(self, peer: Peer) -> float:
-        """The lower id asks first, so that one probe serves both ends."""
-        return self._interval() * (1.0 if self.id < peer.id else 1.2)
-
-    def _due_of(self, peer: Peer) -> float | None:
-        """The next moment at which :meth:`_watch` would do something."""
-        if not peer.is_member:
-            return None
-        times = []
-        if peer.linked:
-            times.append(max(peer.heard_at, peer.pinged_at) + self._probe_after(peer))
-        if peer.standing is Standing.ALIVE:
-            times.append(peer.heard_at + self._suspect_after(peer))
-            return min(times)
-        times.append(peer.asked_at + 2 * self._interval())
-        vouched_until = peer.vouched_at + self._vouch_life
-        if peer.standing is Standing.CUT:
-            times.append(vouched_until)
-        else:
-            verdict = peer.heard_at + self._patience(peer)
-            hurried = verdict if peer.hurry_at is None else min(verdict, peer.hurry_at)
-            times.append(min(verdict, max(hurried, vouched_until)))
-        return min(times)
-
-    def _suspect_after(self, peer: Peer) -> float:
-        return self._probe_after(peer) + self._ping_timeout + min(peer.rtt or 0.0, 1.0)
-
     def _watch(self, peer: Peer, now: float) -> None:
         if not peer.is_member:
             return
-        if peer.standing is Standing.ALIVE and now >= peer.heard_at + self._suspect_after(peer):
+        if peer.standing is Standing.ALIVE and now >= self._patience.suspect_at(peer):
             self._move(peer, Sign.SILENT, now)
         if peer.standing is not Standing.ALIVE:
             self._judge(peer, now)
         if not peer.is_member:
             return
-        if peer.linked and now >= max(peer.heard_at, peer.pinged_at) + self._probe_after(peer):
+        if peer.linked and now >= self._patience.probe_at(peer):
             self._ping(peer, now)
-        if peer.standing is not Standing.ALIVE and now >= peer.asked_at + 2 * self._interval():
+        if peer.standing is not Standing.ALIVE and now >= self._patience.ask_at(peer):
             self._ask_others(peer, now)
 
     def _judge(self, peer: Peer, now: float) -> None:
-        vouched = now < peer.vouched_at + self._vouch_life
+        vouched = now < self._patience.vouched_until(peer)
         if peer.standing is Standing.CUT:
             if not vouched:
                 self._move(peer, Sign.EXPIRED, now)
             return
-        overdue = now >= peer.heard_at + self._patience(peer)
+        overdue = now >= self._patience.verdict_at(peer)
         if vouched:
             if overdue:
                 self._move(peer, Sign.CUT_OFF, now)
@@ -334,7 +299,7 @@ class Membership:
         peer = self._peers.get(target)
         if peer is None or not peer.linked or asker == target:
             return
-        if self._errands.take(target, asker, seq, now + self._vouch_life, now):
+        if self._errands.take(target, asker, seq, now + self._patience.vouch_life, now):
             self._ping(peer, now)
 
     # -- hearsay -------------------------------------------------------------------------------------------------------
@@ -362,7 +327,7 @@ class Membership:
                 peer.heard_at, peer.asked_at, peer.hurry_at = now, now, None
             self._move(peer, Sign.VOUCHED, now)
         elif state in ("dead", "left") and peer.is_member:
-            if self._hears(peer, now):
+            if self._patience.hears(peer, now):
                 self._out.append(Send(sender, Rumour(node, peer.incarnation, "alive")))
             elif peer.standing is Standing.ALIVE:
                 self._move(peer, Sign.SILENT, now)
@@ -393,10 +358,6 @@ class Membership:
             peer.facts = facts
             if peer.is_member:
                 self._out.append(MemberFacts(facts.id, facts))
-
-    def _hears(self, peer: Peer, now: float) -> bool:
-        """Whether we may vouch: by our own ears, and lately."""
-        return peer.standing is Standing.ALIVE and peer.linked and now - peer.heard_at <= 2 * self._interval()
 
     def _note_cut(self, reporter: NodeId, node: NodeId, cut: bool) -> None:
         before = self._known_cuts()
@@ -456,3 +417,4 @@ class Membership:
             useless = [p for p in self._peers.values() if not p.is_member and not p.linked]
             if useless:
                 del self._peers[min(useless, key=lambda p: (p.heard_at, p.id)).id]
+        self._patience.among(len(self._peers) + 1)

@@ -1,0 +1,65 @@
+"""How long silence may last before something follows from it. All times in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.membership.standing import Peer, Standing
+from mesh.wire.facts import NodeId
+
+
+@dataclass(slots=True)
+class Patience:
+    """When a peer is probed, suspected and judged. ``interval`` grows with the number of peers.
+
+    The verdict falls ``stall_allowance + 1.2 * interval + 0.2 + 2 * round trip`` after the peer was last heard: a peer
+    that slept for ``stall_allowance`` right after a whole probe interval of silence still has time to answer.
+    """
+
+    me: NodeId
+    probe_interval: float = 0.25
+    ping_timeout: float = 0.3
+    stall_allowance: float = 1.0
+    vouch_life: float = 2.0
+    interval: float = 0.25
+
+    def among(self, peers: int) -> None:
+        """Past 32 peers everyone probes more slowly, so that a node's traffic stays bounded."""
+        self.interval = self.probe_interval * max(1.0, peers / 32)
+
+    def probe_at(self, peer: Peer) -> float:
+        """The lower id asks first, so that one probe serves both ends."""
+        return max(peer.heard_at, peer.pinged_at) + self._probe_after(peer)
+
+    def suspect_at(self, peer: Peer) -> float:
+        return peer.heard_at + self._probe_after(peer) + self.ping_timeout + min(peer.rtt or 0.0, 1.0)
+
+    def ask_at(self, peer: Peer) -> float:
+        return peer.asked_at + 2 * self.interval
+
+    def verdict_at(self, peer: Peer) -> float:
+        rtt = min(peer.rtt or 0.0, 1.0)
+        return peer.heard_at + self.stall_allowance + 1.2 * self.interval + 0.2 + 2 * rtt
+
+    def vouched_until(self, peer: Peer) -> float:
+        return peer.vouched_at + self.vouch_life
+
+    def hears(self, peer: Peer, now: float) -> bool:
+        """Whether we may vouch: by our own ears, and lately."""
+        return peer.standing is Standing.ALIVE and peer.linked and now - peer.heard_at <= 2 * self.interval
+
+    def due(self, peer: Peer) -> float | None:
+        """The next moment at which anything above comes to pass."""
+        if not peer.is_member:
+            return None
+        probe = self.probe_at(peer) if peer.linked else float("inf")
+        if peer.standing is Standing.ALIVE:
+            return min(probe, self.suspect_at(peer))
+        if peer.standing is Standing.CUT:
+            return min(probe, self.ask_at(peer), self.vouched_until(peer))
+        verdict = self.verdict_at(peer)
+        hurried = verdict if peer.hurry_at is None else min(verdict, peer.hurry_at)
+        return min(probe, self.ask_at(peer), verdict, max(hurried, self.vouched_until(peer)))
+
+    def _probe_after(self, peer: Peer) -> float:
+        return self.interval * (1.0 if self.me < peer.id else 1.2)
