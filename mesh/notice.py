@@ -28,7 +28,10 @@ class View(Protocol):
     def show(self, notice: Notice) -> None: ...
 
     def progress(self, label: str, done: float, total: float, unit: str = "B") -> None:
-        """``label`` is at ``done`` of ``total``; equal: finished. ``unit`` is ``B`` for bytes, else a plural noun."""
+        """``label`` is at ``done`` of ``total``; equal: finished; ``total`` 0: under way, for nobody knows how long.
+
+        ``unit`` is ``B`` for bytes, else a plural noun.
+        """
         ...
 
     def close(self) -> None:

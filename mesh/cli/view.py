@@ -166,7 +166,7 @@ class RichView:
                 head = Text(" " * _indent(notice))
 
     def progress(self, label: str, done: float, total: float, unit: str = "B") -> None:
-        if done >= total:
+        if done >= total > 0:
             self._finish(label)
             return
         if self._bars is None:
@@ -182,8 +182,9 @@ class RichView:
             self._bars.start()
         task = self._tasks.get(label)
         if task is None:
-            task = self._tasks[label] = self._bars.add_task(printable(label), total=total, unit=unit)
-        self._bars.update(task, completed=done, total=total)
+            task = self._tasks[label] = self._bars.add_task(printable(label), total=None, unit=unit)
+        if total > 0:
+            self._bars.update(task, completed=done, total=total)
 
     def close(self) -> None:
         if self._bars is not None:
@@ -207,7 +208,7 @@ class _AmountColumn(ProgressColumn):
     """``12 MB of 40 MB`` or ``12 of 215 targets``."""
 
     def render(self, task: Task) -> Text:
-        return Text(_amounts(task.completed, task.total or 0, task.fields["unit"]))
+        return Text("" if task.total is None else _amounts(task.completed, task.total, task.fields["unit"]))
 
 
 def _amounts(done: float, total: float, unit: str) -> str:

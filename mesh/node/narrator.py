@@ -70,14 +70,15 @@ class Narrator:
         if layout is not None:
             why = f" ({adopt.reason})" if adopt.reason and new else ""
             self._say("plan", f"{self._describe(layout)}{why}", epoch=number, reason=adopt.reason)
+            for member in layout.ring:
+                self._view.progress(self._loading_on(member.id), 0, 0)
         elif new:
             self._say("plan", f"waiting: {adopt.reason}", epoch=number, reason=adopt.reason)
             self._offer_invite()
 
     def loading(self, progress: LoadProgress) -> None:
         """A member reads its weights."""
-        label = f"loading on {self._name(progress.node)}"
-        self._view.progress(label, progress.done_bytes, max(progress.total_bytes, 1))
+        self._view.progress(self._loading_on(progress.node), progress.done_bytes, max(progress.total_bytes, 1))
 
     def served(self, layout: Layout) -> None:
         """Requests are answered."""
@@ -119,6 +120,9 @@ class Narrator:
             for member in layout.ring
         ]
         return f"{model}: {' > '.join(shares)}, predicted {layout.predicted_ms_per_token:.0f} ms/token"
+
+    def _loading_on(self, node: NodeId) -> str:
+        return f"loading on {self._name(node)}"
 
     def _name(self, node: NodeId) -> str:
         return "this machine" if node == self._me else self._members().name(node)
