@@ -40,6 +40,7 @@ class Node:
         """On disk."""
         self.boots = 0
         self.is_running = False
+        self.has_left = False
         self.stalled_until = 0.0
         self._inbox: list[tuple[str, tuple[Any, ...]]] = []
         self._wakes: list[float | None] = [None, None]
@@ -60,6 +61,7 @@ class Node:
         now = self.world.clock.now
         self.is_running, self.stalled_until, self._inbox = True, 0.0, []
         self._wakes = [None, None]
+        self.has_left = False
         self.facts = replace(self.facts, version=self.facts.version + 1, draining=False)
         self.membership = Membership(self.facts, (self.boots << BOOT_SHIFT) + 1)
         self.election: Election = self.world.make_election(
@@ -82,7 +84,8 @@ class Node:
         if self.is_awake:
             self._member(mb.Leave("asked to"))
             self._elect(el.Shutdown())
-            self.world.clock.after(0.3, self.crash)
+            self.has_left = True
+            self.world.later(0.3, self.crash)
 
     def drain(self) -> None:
         if self.is_awake:

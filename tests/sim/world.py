@@ -53,6 +53,7 @@ class World:
         self.nodes: dict[NodeId, Node] = {}
         self.network = Network(self.clock, self.rng, self._weather(), self.nodes)
         self.engine_failure = 0.0
+        self.is_healed = False
         self.layouts: dict[Epoch, tuple[Any, ...]] = {}
         self.epoch_of: dict[NodeId, Epoch] = {}
         """What each node last adopted, crashes included."""
@@ -214,12 +215,12 @@ class World:
             case 8 if node.is_awake:
                 self.note(f"{node.id[0]} leaves")
                 node.leave()
-                self.clock.after(0.5 + for_s, self._restart, node)
+                self.later(0.5 + for_s, self._restart, node)
             case 9 if node.is_awake:
                 self.note(f"{node.id[0]} drains")
                 node.drain()
-                self.clock.after(1.0, node.leave)
-                self.clock.after(1.5 + for_s, self._restart, node)
+                self.later(1.0, node.leave)
+                self.later(1.5 + for_s, self._restart, node)
 
     def _crash(self, node: Node, for_s: float) -> None:
         if node.is_running:
@@ -227,7 +228,7 @@ class World:
             if node.is_awake:
                 self.crashed_at[node.id] = self.clock.now
             node.crash()
-            self.clock.after(for_s, self._restart, node)
+            self.later(for_s, self._restart, node)
 
     def _restart(self, node: Node) -> None:
         if not node.is_running:
@@ -246,8 +247,13 @@ class World:
                 self.network.set_path(a, b, False)
                 self.clock.after(for_s, self.network.set_path, a, b, True)
 
+    def later(self, delay: float, do: Callable[..., None], *args: Any) -> None:
+        """More misfortune to come, unless all is healed before."""
+        self.clock.after(delay, lambda: None if self.is_healed else do(*args))
+
     def heal(self) -> None:
         self.note("all is healed")
+        self.is_healed = True
         self.engine_failure = 0.0
         for a, b in sorted(self.network.closed):
             self.network.set_path(a, b, True)
@@ -255,7 +261,7 @@ class World:
             if node.is_running and not node.is_awake:
                 node.stalled_until = self.clock.now
                 node._resume(node.boots)
-            if not node.is_running or node.facts.draining:
+            if not node.is_running or node.facts.draining or node.has_left:
                 node.crash()
                 node.start()
 
