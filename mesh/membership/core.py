@@ -72,7 +72,8 @@ class Membership:
     ) -> None:
         self._facts = facts
         self._incarnation = incarnation
-        self._patience = Patience(facts.id, probe_interval, ping_timeout, stall_allowance, vouch_life, probe_interval)
+        self._patience = Patience(facts.id, probe_interval, ping_timeout, stall_allowance, vouch_life)
+        self._patience.among(0)
         self._helpers = helpers
         self._peers: dict[NodeId, Peer] = {}
         self._cuts = Cuts()
@@ -215,7 +216,7 @@ class Membership:
             return
         peer.linked, peer.ping = False, None
         if reason is Down.CLOSED:
-            peer.hurry_at = now + self._patience.ping_timeout + 2 * (peer.rtt or 0.0)
+            peer.hurry_at = self._patience.hurry_at(peer, now)
         if peer.standing is Standing.ALIVE:
             self._move(peer, Sign.SILENT, now)
         self._watch(peer, now)

@@ -21,7 +21,10 @@ class Patience:
     ping_timeout: float = 0.3
     stall_allowance: float = 1.0
     vouch_life: float = 2.0
+    redial: float = 0.75
+    """In which a link that the other side closed is up again, if its process lives."""
     interval: float = 0.25
+    """As ``probe_interval``, stretched by the number of peers."""
 
     def among(self, peers: int) -> None:
         """Past 32 peers everyone probes more slowly, so that a node's traffic stays bounded."""
@@ -33,6 +36,10 @@ class Patience:
 
     def suspect_at(self, peer: Peer) -> float:
         return peer.heard_at + self._probe_after(peer) + self.ping_timeout + min(peer.rtt or 0.0, 1.0)
+
+    def hurry_at(self, peer: Peer, now: float) -> float:
+        """When the verdict on a peer that closed its link may fall, if nobody else hears it."""
+        return now + self.redial + 2 * min(peer.rtt or 0.0, 1.0)
 
     def ask_at(self, peer: Peer) -> float:
         return peer.asked_at + 2 * self.interval

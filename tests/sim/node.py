@@ -156,12 +156,18 @@ class Node:
                     self._send(effect)
                 case mb.MemberLost(node, reason):
                     self.world.lost(self, node, reason)
+                    if reason != "restarted":  # that one's link is the new process's
+                        self.world.clock.after(0.0, self._drop, node, self.boots)
                     changed = True
                 case _:
                     changed = True
         self._arm(0)
         if changed:
             self._elect(el.ViewChanged(self.membership.view()))
+
+    def _drop(self, peer: NodeId, boot: int) -> None:
+        if boot == self.boots and self.is_awake:
+            self.world.network.close(self.id, peer, "local")
 
     def _elect(self, event: el.Event) -> None:
         effects = self.election.handle(event, self.world.clock.now)

@@ -229,15 +229,16 @@ def test_someone_who_left_may_come_back_by_a_new_link() -> None:
 def test_a_link_closed_by_the_other_side_hastens_the_verdict() -> None:
     told = Told(1)
     told.do(LinkDown(A, Down.CLOSED))
-    assert lost(told.wait(0.4)) == [(A, "crashed")]
+    assert lost(told.wait(0.7)) == []
+    assert lost(told.wait(0.1)) == [(A, "crashed")]
 
 
 def test_a_closed_link_that_is_dialed_again_in_time_loses_nobody() -> None:
     told = Told(1)
     told.do(LinkDown(A, Down.CLOSED))
-    told.wait(0.2)
+    told.wait(0.6)
     told.do(LinkUp(A, facts_of(1)))
-    assert lost(told.wait(0.5, talking=(A,))) == []
+    assert lost(told.wait(1.0, talking=(A,))) == []
 
 
 def test_a_link_that_broke_by_silence_alone_hastens_nothing() -> None:
