@@ -59,7 +59,7 @@ from mesh.wire.messages import (
 log = logging.getLogger(__name__)
 
 REFRESH_S = 10.0
-"""How often free memory is looked at again while nothing of ours is loaded."""
+"""How often free memory is looked at again while nothing of ours is loaded, and the disk for a missing model."""
 
 
 class Node:
@@ -350,6 +350,7 @@ class Node:
         """Look at free memory while nothing of ours is in it, and tell when it has really changed."""
         while True:
             await asyncio.sleep(REFRESH_S)
+            self._shelf.look_again()
             if self._runner.state is State.IDLE and self._own.measure():
                 self._tell_facts()
 
