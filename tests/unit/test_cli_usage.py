@@ -212,7 +212,9 @@ def test_a_config_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[
     assert "no.toml" in text
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "cannot read the API keys"), ("# none yet\n", "holds no API key")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot read the API keys"), ("# none yet\n", "holds no API key")]
+)
 def test_an_api_key_file_without_keys_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None, words: str
 ) -> None:
