@@ -231,6 +231,8 @@ class Election:
         elif self._may_follow(sender, propose, view):
             self._out.append(Send(sender, Accepted(propose.epoch)))
             self._adopt(propose, now)
+            if self._leads():
+                self._out.append(Broadcast(propose))  # whoever proposed it may have gone before all were told
         elif self._claims.hold(sender, propose, now):
             # The sender may not know what runs here, and could let it go on under a newer number.
             self._out.append(Send(sender, following.propose))
@@ -262,8 +264,12 @@ class Election:
 
     def _serving(self, sender: NodeId, message: Serving) -> None:
         self._claims.servings[sender] = message
-        if sender == self._following.host and self._following.covers(message.epoch):
-            self._following.downs.pop(sender, None)  # a new process of it took its part up again
+        following = self._following
+        if sender == following.host and following.covers(message.epoch):
+            following.downs.pop(sender, None)  # a new process of it took its part up again
+        elif message.epoch > following.epoch:
+            # We missed something: the answer to an old proposal is the newest.
+            self._out.append(Send(sender, following.propose))
         self._check_serving()
 
     def _check_serving(self) -> None:
@@ -364,7 +370,7 @@ class Election:
         if view is None:
             return
         leads = self._leads()
-        if leads and not self._led and following.phase(view) is Phase.STARTING:
+        if leads and not self._led and following.epoch != NO_EPOCH and not following.broken(view):
             # The last coordinator may have died half way through telling.
             self._out.append(Broadcast(following.propose))
             coordination.expect_acceptance(now)

@@ -452,6 +452,17 @@ def test_whoever_takes_over_a_start_tells_it_again() -> None:
     assert propose(1, 0, 1, 2) in proposed(effects)
 
 
+def test_a_coordinator_that_learns_of_an_epoch_from_others_passes_it_on() -> None:
+    told = Told(0, 1, 2)
+    assert propose(4, 0, 0, 1) in proposed(told.hear(1, propose(4, 0, 0, 1)))
+
+
+def test_a_host_that_serves_an_epoch_we_missed_is_asked_for_it() -> None:
+    told = Told(2, 0, 1)
+    told.hear(0, propose(3, 0))
+    assert told.hear(1, Serving(Epoch(4, A), "key")) == [Send(B, propose(3, 0))]
+
+
 def test_a_new_process_of_a_ring_member_restarts_the_layout() -> None:
     told = serving(0, 1, 2)
     told.boots[1] = 2
