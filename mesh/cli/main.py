@@ -373,10 +373,17 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name this terminal cannot show is no reason to stop
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
-    sys.exit(_run(sys.argv[1:]))
+    _on_signals(_interrupt, "SIGTERM", "SIGHUP")
+    status = _run(sys.argv[1:])
+    # All is done; while Python winds itself up, a late Ctrl-C must not turn a clean end into a death by signal.
+    _on_signals(signal.SIG_IGN, "SIGINT", "SIGTERM", "SIGHUP")
+    sys.exit(status)
+
+
+def _on_signals(handler: Any, *names: str) -> None:
+    for name in names:
+        if hasattr(signal, name):  # Windows knows few
+            signal.signal(getattr(signal, name), handler)
 
 
 def _interrupt(*_: object) -> None:

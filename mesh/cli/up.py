@@ -8,6 +8,7 @@ import logging
 import logging.handlers
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,33 +70,41 @@ async def _until_stopped(
     settings: Settings, record: Record | None, engine: Engine | None, model: LocalModel | None, view: View
 ) -> None:
     stop = asyncio.Event()
-    asks = 0
-
-    def asked() -> None:
-        nonlocal asks
-        asks += 1
-        if asks == 1:
-            view.show(Notice("change", "stopping (again to stop at once)"))
-            stop.set()
-        else:
-            view.close()
-            os._exit(130)  # the engine dies with us: the kernel, or its guard, sees to that
-
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_Surprises(view, _log_file(settings)))
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None:
-            try:
-                loop.add_signal_handler(number, asked)
-            except NotImplementedError:  # Windows: no handlers in the loop
-                signal.signal(number, lambda *_: loop.call_soon_threadsafe(asked))
+
+    def asked() -> None:
+        view.show(Notice("change", "stopping (again to stop at once)"))
+        stop.set()
+
+    _on_interrupt(lambda: loop.call_soon_threadsafe(asked), view)
     running = asyncio.ensure_future(run(settings, record, engine, model, view, stop))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+
+
+def _on_interrupt(first: Callable[[], object], view: View) -> None:
+    """Call ``first`` for the first signal; end the process at the second.
+
+    Plain handlers, not the loop's: those are gone before the process is, and a late Ctrl-C would find Python's own.
+    """
+    asks = 0
+
+    def heard(*_: object) -> None:
+        nonlocal asks
+        asks += 1
+        if asks > 1:
+            view.close()
+            os._exit(130)  # the engine dies with us: the kernel, or its guard, sees to that
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself: so shall we
+            first()
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), heard)
 
 
 class _Surprises:

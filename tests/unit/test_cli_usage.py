@@ -308,7 +308,7 @@ def test_mesh_alone_shows_its_help_and_is_wrong_usage(capsys: pytest.CaptureFixt
     assert "mesh up --demo" in capsys.readouterr().err
 
 
-class Surprise(Exception):
+class SurpriseError(Exception):
     pass
 
 
@@ -316,14 +316,14 @@ def test_the_unexpected_is_one_line_with_its_traceback_in_the_log(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(_: Path | None) -> Path:
-        raise Surprise("the sky fell")
+        raise SurpriseError("the sky fell")
 
     monkeypatch.setattr(command_line, "_dir", fail)
     monkeypatch.setattr(command_line, "_state_dir_in", lambda _: tmp_path / "here")
     code, text = refusal(capsys, "status")
     log = tmp_path / "here" / "logs" / "mesh.log"
     assert code == 1
-    assert text.startswith("error: internal error: Surprise: the sky fell\n")
+    assert text.startswith("error: internal error: SurpriseError: the sky fell\n")
     assert str(log) in text
     assert "Traceback" not in text
     assert "Traceback" in log.read_text()
