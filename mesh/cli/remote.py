@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from mesh.errors import MeshError, StateError
+from mesh.errors import MeshError, StateError, UsageError
 from mesh.node.statedir import Running
 
 
@@ -14,8 +14,9 @@ class RemoteError(MeshError):
     """The node refused, in its own words and with its own code."""
 
     def __init__(self, message: str, *, code: str, remedy: str | None) -> None:
-        super().__init__(message, remedy=remedy)
-        self.code = code
+        super().__init__(message, remedy=remedy, code=code)
+        if code == UsageError.code:
+            self.exit_code = UsageError.exit_code
 
 
 def get_status(running: Running) -> dict[str, Any]:

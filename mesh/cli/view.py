@@ -34,8 +34,9 @@ _SECRET = "invite"  # noqa: S105 - a kind of notice
 log = logging.getLogger(__name__)
 
 
-def make_view(*, plain: bool, json_lines: bool, stream: TextIO = sys.stdout) -> View:
-    """The view that suits where the output goes."""
+def make_view(*, plain: bool, json_lines: bool, stream: TextIO | None = None) -> View:
+    """The view that suits where the output goes: ``stream``, or standard output."""
+    stream = sys.stdout if stream is None else stream
     if json_lines:
         return JsonView(stream)
     if plain or not stream.isatty() or os.environ.get("TERM") == "dumb":
