@@ -132,6 +132,8 @@ def up(config: Path | None, **flags: Any) -> None:
     mesh up --model ~/models/qwen.gguf     found a mesh around a model
     mesh up --join mesh1...                lend this machine to a mesh
     mesh up                                come back to the mesh this machine was in
+
+    Ctrl-C, SIGTERM or `mesh down` stop it and everything it started (exit 0); a second Ctrl-C does not wait (130).
     """
     from mesh.cli import up as run
 
