@@ -18,7 +18,7 @@ from tests.sim.fakes import LAYERS, facts_of, plan
 from tests.sim.network import Clock, Network, Weather
 from tests.sim.node import Engine, Node
 
-CONVERGE_WITHIN = 20.0
+CONVERGE_WITHIN = 12.0
 """Simulated seconds after healing until everyone must agree; what it really takes is reported."""
 
 
