@@ -61,6 +61,9 @@ log = logging.getLogger(__name__)
 REFRESH_S = 10.0
 """How often free memory is looked at again while nothing of ours is loaded, and the disk for a missing model."""
 
+REVOKED = "revoked"
+"""What a link to a member that was thrown out is said to end of."""
+
 
 class Node:
     """A member or a lite client, from ``start`` to ``stop``.
@@ -224,6 +227,8 @@ class Node:
 
     def _link_down(self, peer: NodeId, reason: str) -> None:
         log.info("link to %s is down: %s", peer, reason)
+        if reason == REVOKED:
+            self._members.feed(membership.Expelled(peer))
         self._members.feed(membership.LinkDown(peer, _cause(reason)))
 
     def _received(self, peer: NodeId, message: Control) -> None:
@@ -364,6 +369,8 @@ class Node:
 
 
 def _cause(reason: str) -> membership.Down:
+    if reason == REVOKED:
+        return membership.Down.LOCAL
     if "timeout" in reason.lower():
         return membership.Down.TIMEOUT
     return membership.Down.CLOSED

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,9 @@ class Terminal:
 
     def __init__(self, place: Place, width: int = 100, height: int = 30) -> None:
         self.place = place
-        self.socket = str(place.root / "tmux")
+        # A socket's path may have about a hundred characters, which a test's own directory may exceed.
+        self.directory = Path(tempfile.mkdtemp(prefix="mesh-"))
+        self.socket = str(self.directory / "tmux")
         self.tmux("-f", os.devnull, "new-session", "-d", "-x", str(width), "-y", str(height), "env PS1='$ ' sh")
         self.wait_for("$")
 
@@ -68,6 +71,7 @@ class Terminal:
         _, alive = psutil.wait_procs(children, timeout=10)
         for process in alive:
             process.kill()
+        shutil.rmtree(self.directory)
 
 
 @pytest.fixture

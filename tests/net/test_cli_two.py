@@ -144,6 +144,7 @@ def test_a_machine_that_was_thrown_out_is_told_and_needs_a_new_invite(place: Pla
     assert out.code == 0
     assert out.json["name"] == "guest"
     assert guest.ended() == 1
+    kitchen.wait_for("guest revoked")
     assert "not a member any more" in guest.lines[-2]
     assert "mesh up --join TOKEN" in guest.lines[-1]
     again = place.start("client", name="guest")
