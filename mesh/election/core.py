@@ -229,21 +229,32 @@ class Election:
             if self._leads() and not following.is_intact(view):
                 self._coordination.gather(now)
         elif self._may_follow(sender, propose, view):
-            self._out.append(Send(sender, Accepted(propose.epoch)))
-            self._adopt(propose, now)
-            if self._leads():
-                self._out.append(Broadcast(propose))  # whoever proposed it may have gone before all were told
+            self._follow(sender, propose, now)
         elif self._claims.hold(sender, propose, now):
             # The sender may not know what runs here, and could let it go on under a newer number.
             self._out.append(Send(sender, following.propose))
             if self._leads():
                 self._coordination.gather(now)
+            elif self._leader is not None and self._leader != sender:
+                # The coordinator may not be able to hear the sender.
+                self._out.append(Send(self._leader, Rejected(following.epoch, propose.epoch)))
+
+    def _follow(self, sender: NodeId, propose: Propose, now: float) -> None:
+        """Adopt what ``sender`` proposed, and see to it that nobody is left with something else, unknowing."""
+        self._out.append(Send(sender, Accepted(propose.epoch)))
+        self._adopt(propose, now)
+        if self._leads():
+            self._out.append(Broadcast(propose))  # whoever proposed it may have gone before all were told
+        elif self._leader is not None and self._leader != sender:
+            self._out.append(Send(self._leader, propose))
 
     def _may_follow(self, sender: NodeId, propose: Propose, view: View) -> bool:
         """Whether something newer is followed at once, or the coordinator is to decide first."""
         following, leader = self._following, self._leader
         if not following.is_intact(view):
             return True
+        if following.layout is not None and any(share.id == sender for share in following.layout.ring):
+            return True  # everyone proposes what it follows: the sender's part in ours is over
         if propose.layout is None or following.layout is None:
             return False
         if propose.layout.shape() == following.layout.shape():
@@ -397,9 +408,8 @@ class Election:
         if now >= oldest + self._timing.hold or not self._following.is_intact(view):
             sender, propose = newest
             self._claims.held.clear()
-            if self._is_newer(propose.epoch):
-                self._out.append(Send(sender, Accepted(propose.epoch)))
-                self._adopt(propose, now)
+            if self._is_newer(propose.epoch) and (propose.layout is not None or not self._following.is_intact(view)):
+                self._follow(sender, propose, now)
 
     def _consider_standing_in(self, view: View, now: float) -> None:
         able = [facts.id for facts in workers(view)]

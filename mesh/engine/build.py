@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -39,6 +40,7 @@ from mesh.engine.toolchain import Toolchain, build_flags, find_toolchain
 from mesh.errors import EngineError
 
 _UNFINISHED = "building-"
+_ERROR = re.compile(r"CMake Error|\berror:|FAILED:")
 _NINJA_STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
 _BYTES_PER_JOB = 1 << 30
 """What one compiler of the larger sources needs at its worst."""
@@ -169,6 +171,7 @@ def _run(what: str, command: list[str], shop: _Workshop, log: IO[str], on_line: 
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,  # its compilers end with it, see below
     ) as process:
         assert process.stdout is not None
         try:
@@ -176,15 +179,32 @@ def _run(what: str, command: list[str], shop: _Workshop, log: IO[str], on_line: 
                 log.write(line)
                 on_line(line)
         except BaseException:
-            process.terminate()  # Ninja stops its compilers; the exit from the block waits for it.
+            _terminate(process)  # the exit from the block waits for it
             raise
     if process.returncode != 0:
         log.flush()
-        last = "\n  ".join(shop.log.read_text("utf-8", "replace").splitlines()[-15:])
+        said = "\n  ".join(_telling(shop.log.read_text("utf-8", "replace").splitlines()))
         raise EngineError(
-            f"{what} the engine failed (exit {process.returncode}); the last lines of {shop.log}:\n  {last}",
+            f"{what} the engine failed (exit {process.returncode}); {shop.log} says:\n  {said}",
             remedy="the whole log says more; if it is not about this machine, please report it",
         )
+
+
+def _terminate(process: subprocess.Popen[str]) -> None:
+    """End the step and whatever it started: a cmake that dies alone leaves Ninja and its compilers behind."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+
+
+def _telling(lines: list[str], count: int = 15) -> list[str]:
+    """The lines of a log that say what went wrong: from the first error on, else the last ones."""
+    for index, line in enumerate(lines):
+        if _ERROR.search(line):
+            return lines[index : index + count]
+    return lines[-count:]
 
 
 def _collect(shop: _Workshop) -> None:

@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 import msgspec
-import psutil
 from filelock import FileLock, Timeout
 
 from mesh.config import default_state_dir
 from mesh.errors import StateError
 from mesh.identity.store import load, save
+from mesh.supervise.registry import process_mark
 
 RUNNING_FILE = "node.json"
 
@@ -65,8 +65,8 @@ class Running(msgspec.Struct, frozen=True):
     """What a running node leaves in its state directory (mode 0600) for commands on the same machine."""
 
     pid: int
-    started: float
-    """The process's creation time: a pid alone may belong to another program by now."""
+    started: str
+    """When the process began (:func:`process_mark`): a pid alone may belong to another program by now."""
     api_url: str
     """Empty while the node prepares its engine and model, and answers nobody yet."""
     token: str
@@ -74,7 +74,7 @@ class Running(msgspec.Struct, frozen=True):
 
 
 def this_process(api_url: str, token: str) -> Running:
-    return Running(os.getpid(), psutil.Process().create_time(), api_url, token)
+    return Running(os.getpid(), process_mark(os.getpid()) or "", api_url, token)
 
 
 def write_running(state_dir: Path, running: Running) -> None:
@@ -89,13 +89,7 @@ def remove_running(state_dir: Path) -> None:
 
 def is_alive(running: Running) -> bool:
     """Whether that very process still runs; one that only waits for its parent to notice its end does not."""
-    try:
-        process = psutil.Process(running.pid)
-        with process.oneshot():
-            same = abs(process.create_time() - running.started) < 1.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return process_mark(running.pid) == running.started
 
 
 def find_process(state_dir: Path) -> Running | None:

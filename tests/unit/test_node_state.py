@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 
 from mesh.errors import StateError
@@ -69,7 +68,7 @@ def test_a_node_that_answers_is_found_until_it_is_gone(tmp_path: Path) -> None:
     "running",
     [
         Running(2**22 + 7, 0.0, "http://127.0.0.1:1", "x"),
-        Running(os.getpid(), psutil.Process().create_time() - 3600, "http://127.0.0.1:1", "x"),
+        Running(os.getpid(), "another start", "http://127.0.0.1:1", "x"),
     ],
     ids=["no such process", "another program has its number"],
 )
