@@ -67,7 +67,7 @@ def test_a_node_that_answers_is_found_until_it_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "running",
     [
-        Running(2**22 + 7, 0.0, "http://127.0.0.1:1", "x"),
+        Running(2**22 + 7, "a start", "http://127.0.0.1:1", "x"),
         Running(os.getpid(), "another start", "http://127.0.0.1:1", "x"),
     ],
     ids=["no such process", "another program has its number"],
