@@ -139,6 +139,10 @@ class Coordination:
         self._request, self._accept_by = None, None
         self._considered = self._noticed = None
 
+    def reconsider(self) -> None:
+        """Another's decision is followed: see whether it is what we would have decided."""
+        self._considered = None
+
     def gather(self, now: float) -> None:
         """Word of another layout or a higher number came: decide, once more of it is here.
 

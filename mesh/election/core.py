@@ -245,6 +245,7 @@ class Election:
         self._adopt(propose, now)
         if self._leads():
             self._out.append(Broadcast(propose))  # whoever proposed it may have gone before all were told
+            self._coordination.reconsider()
         elif self._leader is not None and self._leader != sender:
             self._out.append(Send(self._leader, propose))
 

@@ -233,15 +233,30 @@ def test_after_a_restart_the_first_proposal_is_above_what_was_remembered() -> No
 
 
 def test_a_running_layout_is_not_given_up_for_a_bystanders_proposal_at_once() -> None:
-    told = serving(1, 0, 2)
+    told = serving(1, 0)
+    told.join(facts_of(2))
     assert adopted(told.hear(2, propose(5, 2, 2))) == []
     assert told.state == "serving"
 
 
-def test_a_bystanders_proposal_is_followed_when_the_coordinator_says_nothing() -> None:
+def test_a_ring_member_that_follows_something_else_has_ended_its_part() -> None:
     told = serving(1, 0, 2)
+    assert adopted(told.hear(2, propose(5, 2, 2))) == [Epoch(5, C)]
+
+
+def test_a_bystanders_proposal_is_followed_when_the_coordinator_says_nothing() -> None:
+    told = serving(1, 0)
+    told.join(facts_of(2))
     told.hear(2, propose(5, 2, 2))
-    assert adopted(told.wait(2.1)) == [Epoch(5, C)]
+    effects = told.wait(2.1)
+    assert adopted(effects) == [Epoch(5, C)]
+    assert Send(A, propose(5, 2, 2)) in effects
+
+
+def test_the_coordinator_learns_of_a_number_that_only_we_can_hear() -> None:
+    told = serving(1, 0)
+    told.join(facts_of(2))
+    assert Send(A, Rejected(Epoch(1, A), Epoch(5, C))) in told.hear(2, propose(5, 2, 2))
 
 
 def test_the_coordinators_proposal_is_followed_at_once() -> None:
@@ -250,11 +265,13 @@ def test_the_coordinators_proposal_is_followed_at_once() -> None:
 
 
 def test_word_that_nothing_can_run_does_not_stop_what_runs() -> None:
-    told = serving(1, 0, 2)
+    told = Told(1, 0, 2)
+    told.hear(0, propose(1, 0, 2, 1))
+    told.hear(2, Serving(Epoch(1, A), "key"))
     effects = told.hear(0, propose(5, 0))
-    assert adopted(effects) == []
+    assert Send(A, propose(1, 0, 2, 1)) in effects
+    assert adopted(effects + told.wait(30.0)) == []
     assert told.state == "serving"
-    assert Send(A, propose(1, 0, 0, 1, 2)) in effects
 
 
 # -- fencing and routing -----------------------------------------------------------------------------------------------
@@ -457,6 +474,14 @@ def test_a_coordinator_that_learns_of_an_epoch_from_others_passes_it_on() -> Non
     assert propose(4, 0, 0, 1) in proposed(told.hear(1, propose(4, 0, 0, 1)))
 
 
+def test_a_coordinator_that_follows_anothers_decision_thinks_it_over() -> None:
+    told = Told(0, 1)
+    told.wait(1.1)
+    told.hear(1, propose(2, 1))
+    assert told.state == "waiting"
+    assert adopted(told.wait(1.0)) == [Epoch(3, A)]
+
+
 def test_a_host_that_serves_an_epoch_we_missed_is_asked_for_it() -> None:
     told = Told(2, 0, 1)
     told.hear(0, propose(3, 0))
@@ -645,10 +670,10 @@ def test_a_refusal_reaches_the_coordinator_through_whoever_got_it() -> None:
 
 
 def test_two_who_both_think_they_lead_do_not_race() -> None:
-    told = serving(0, 1)
+    told = serving(0, 1, 2)
     start = told.core.epoch.number
     for _ in range(50):
-        told.hear(1, propose(told.core.epoch.number + 1, 1, 1))
+        told.hear(2, propose(told.core.epoch.number + 1, 2, 2))
         told.wait(0.2)
     assert told.core.epoch.number - start < 2 * 12
 
