@@ -4,9 +4,9 @@
 
 Everything is measured in the lab over plain TCP: what the engine and its patches do, without the mesh's tunnels.
 ``upstream`` is the engine without patches, started as its documentation says; ``ring`` is ours, started as the mesh
-starts it. The default model has random weights, since the demo model's activations compress. Wire is IP bytes; per token
-means the difference between a long and a short answer to the same prompt. ``limit`` is the sum of the one-way delays
-host -> worker -> ... -> host. Blocking round trips are counted in a run of their own, by a relay before each worker;
+starts it. The default model has random weights, since the demo model's activations compress. Wire is IP bytes; per
+token means the difference between a long and a short answer to the same prompt. ``limit`` is the sum of the one-way
+delays host -> worker -> ... -> host. Blocking round trips are counted in a run of their own, by a relay before each worker;
 ``turns`` are those of the busiest worker from the first connection to the end of the first answer's first token.
 Medians. Needs root (see bench/lab).
 """
@@ -23,15 +23,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bench import settings, tables
-from bench.lab import Lab, LabError, lab_available, parse_link
-from bench.measure import GENERATION_PROMPT, Answer, BenchError, complete, long_prompt
+from bench.lab import Lab, LabError, Link, lab_available, parse_link
+from bench.measure import GENERATION_PROMPT, Answer, BenchError, Figures, complete, long_prompt
 from bench.models import find_model
-from bench.settings import HOST, Programs, Setting, Task, turns_file
+from bench.settings import Programs, Setting, Task, turns_file
 from bench.upstream import find_upstream, programs_in
 from mesh.engine.cache import find_engine
 from mesh.engine.pin import engine_pin
@@ -150,14 +150,17 @@ def count_turns(setting: Setting, task: Task, run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _started(name: str, lab: Lab, task: Task, workers: int, identity: str):  # type: ignore[no-untyped-def]
-    context = {
-        "solo": lambda: settings.solo(lab, task),
-        "upstream": lambda: settings.upstream(lab, task, workers),
-        "ring": lambda: settings.ring(lab, task, workers, identity),
-    }[name]()
-    with context as both:
-        yield both
+def _started(
+    name: str, machines: Sequence[str], link: Link, task: Task, workers: int, identity: str
+) -> Iterator[tuple[Setting, Figures]]:
+    with Lab(machines, link, cores=task.threads) as lab:
+        context = {
+            "solo": lambda: settings.solo(lab, task),
+            "upstream": lambda: settings.upstream(lab, task, workers),
+            "ring": lambda: settings.ring(lab, task, workers, identity),
+        }[name]()
+        with context as both:
+            yield both
 
 
 def measure(task: Task, options: argparse.Namespace) -> list[Run]:
@@ -171,16 +174,14 @@ def measure(task: Task, options: argparse.Namespace) -> list[Run]:
             run = Run(name, count, limit_ms=1e3 * link.delay_s * (count + 1) if count else 0.0)
             began = time.monotonic()
             machines = settings.machine_names(count)
-            with Lab(machines, link, cores=task.threads) as lab:
-                with _started(name, lab, task, count, identity) as (setting, figures):
-                    run.load_s = figures.load_s
-                    run.load_bytes = max(figures.load_bytes.values(), default=0)
-                    observe(setting, run, options)
+            with _started(name, machines, link, task, count, identity) as (setting, figures):
+                run.load_s = figures.load_s
+                run.load_bytes = max(figures.load_bytes.values(), default=0)
+                observe(setting, run, options)
             if count:
                 counted = replace(task, count_turns=True)
-                with Lab(machines, "lan", cores=task.threads) as lab:
-                    with _started(name, lab, counted, count, identity) as (setting, _):
-                        count_turns(setting, counted, run)
+                with _started(name, machines, parse_link("lan"), counted, count, identity) as (setting, _):
+                    count_turns(setting, counted, run)
             run.activations = run.prompt_tokens * width * 4
             run.over_solo_ms = run.ms_per_token - (done[0].ms_per_token if done else run.ms_per_token)
             done.append(run)
