@@ -6,9 +6,9 @@ Everything is measured in the lab over plain TCP: what the engine and its patche
 ``upstream`` is the engine without patches, started as its documentation says; ``ring`` is ours, started as the mesh
 starts it. The default model has random weights, since the demo model's activations compress. Wire is IP bytes; per
 token means the difference between a long and a short answer to the same prompt. ``limit`` is the sum of the one-way
-delays host -> worker -> ... -> host. Blocking round trips are counted in a run of their own, by a relay before each worker;
-``turns`` are those of the busiest worker from the first connection to the end of the first answer's first token.
-Medians. Needs root (see bench/lab).
+delays host -> worker -> ... -> host. Blocking round trips are counted in a run of their own, by a relay before each
+worker; ``turns`` are those of the busiest from the first connection to the first answer's first token. Medians.
+Needs root (see bench/lab).
 """
 
 from __future__ import annotations
