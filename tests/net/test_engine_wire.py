@@ -22,6 +22,7 @@ from mesh.models.demo import PRESETS, write_demo
 from tests.eventually import eventually
 from tests.net.engine_kit import Process, Relay, ask, free_port, relayed, running, serving, write_model
 from tests.net.rpc_client import (
+    ALLOC_BUFFER,
     DEVICE_COUNT,
     GET_TENSOR,
     GRAPH_COMPUTE,
@@ -278,6 +279,31 @@ async def test_malformed_codings_do_no_harm(worker: Worker) -> None:
         client.tell_coded(SET_TENSOR, b"", size)
         client.writer.write(struct.pack("<BQQ", SET_TENSOR, length | 1 << 63, size))
         assert await hung_up(client)
+    await worker.client()
+
+
+# Wherever a tensor claims to lie and however large it claims to be, nothing outside of the buffer is read or written.
+async def test_malformed_tensors_do_no_harm(worker: Worker) -> None:
+    chance = random.Random(5)
+    client = await worker.client()
+    for n in range(300):
+        handle, base = await client.buffer(4096)
+        shape = [chance.choice([0, 1, 16, 1024, 2**31, 2**32 - 1]) for _ in range(4)]
+        strides = [chance.choice([0, 4, 64, 4096, 2**32 - 1]) for _ in range(4)]
+        data = chance.choice([base, base, base + 4000, base - 1, base + 4097, 0, 2**64 - 1])
+        kind = chance.choice([F32, F32, 8, 1000, 2**32 - 1])
+        op = chance.choice([0, 0, 0, 2**32 - 1])
+        place = TENSOR.pack(1, kind, handle, *shape, *strides, op, 0, 0, 0, data, 0)
+        offset, size = (chance.choice([0, 4, 4096, 4097, 2**40, 2**64 - 4]) for _ in range(2))
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            if n % 2:
+                client.tell(SET_TENSOR, place + struct.pack("<BQ", 0, offset) + bytes(min(size, 5000)))
+                await client.ask(DEVICE_COUNT, b"")
+            else:
+                await client.ask(GET_TENSOR, place + struct.pack("<QQ", offset, size))
+            continue
+        client = await worker.client()
+    assert await client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, 2**64 - 1)) == bytes(24)
     await worker.client()
 
 
