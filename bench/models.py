@@ -10,26 +10,29 @@ from pathlib import Path
 import platformdirs
 
 from bench.measure import BenchError
+from bench.noise import write_noise
 from mesh.models.demo import PRESETS, write_demo
 
 _FORGOTTEN_AFTER_S = 86400.0
 
 
 def find_model(name: str, vocabularies: Path) -> Path:
-    """A preset of the demo model, written once per user, or a file.
+    """A preset of the demo model or ``noise-PRESET`` (:mod:`bench.noise`), written once per user, or a file.
 
     Raises:
-        BenchError: neither.
+        BenchError: none of them.
     """
-    if name not in PRESETS:
+    preset = name.removeprefix("noise-")
+    writer = write_demo if preset == name else write_noise
+    if preset not in PRESETS:
         path = Path(name).expanduser().absolute()
         if not path.is_file():
-            raise BenchError(f"{name} is no file and none of {', '.join(PRESETS)}")
+            raise BenchError(f"{name} is no file and none of {', '.join(PRESETS)}, or noise- and one of them")
         return path
     directory = Path(platformdirs.user_cache_dir("mesh-bench", appauthor=False))
     directory.mkdir(parents=True, exist_ok=True)
     # The generator's version only counts for one preset; its source covers the others too.
-    source = hashlib.sha256(Path(write_demo.__code__.co_filename).read_bytes()).hexdigest()[:12]
+    source = hashlib.sha256(Path(writer.__code__.co_filename).read_bytes()).hexdigest()[:12]
     path = directory / f"{name}-{source}.gguf"
     if path.exists():
         path.touch()
@@ -38,6 +41,6 @@ def find_model(name: str, vocabularies: Path) -> Path:
             if time.time() - old.stat().st_mtime > _FORGOTTEN_AFTER_S:  # a bench may be using a younger one
                 old.unlink()
         partial = path.with_suffix(f".{os.getpid()}.gguf")
-        write_demo(partial, vocabularies / "ggml-vocab-llama-spm.gguf", preset=name)
+        writer(partial, vocabularies / "ggml-vocab-llama-spm.gguf", preset=preset)
         partial.replace(path)
     return path

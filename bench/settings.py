@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,8 @@ from mesh.models.gguf import inspect
 
 HOST, PORT, RPC_PORT = "a", 8080, 50052
 _START_WITHIN_S = 900.0
+_ROOT = Path(__file__).resolve().parents[1]
+_SECRET = "5e" * 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Task:
     threads: int
     ctx_size: int
     directory: Path
+    count_turns: bool = False
+    """Put a relay before every RPC server that counts round trips (:mod:`bench.turns`); it costs some time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +98,48 @@ def bare(lab: Lab, task: Task, workers: int, counts: Sequence[int] | None) -> It
     """
     names = tuple(machine_names(workers)[1:])
     counts = counts or even_split(inspect(task.model).n_layers, workers + 1)
-    remote = [*counts[1:-1], counts[-1] + 1]
-    arguments = ["-dev", ",".join(f"RPC{n}" for n in range(workers)), "-ngl", str(sum(remote))]
-    arguments += ["-ts", ",".join(map(str, remote)), "-ot", "^output.*=CPU,^token_embd.*=CPU"]
-    arguments += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
+    arguments = _divided(counts)
     with (
         _rpc_servers(lab, task, task.programs, names) as endpoints,
         _engine(lab, task, task.programs, "bare", names, ["--rpc", endpoints, *arguments]) as (setting, figures),
     ):
         figures.layers = list(counts)
         yield setting, figures
+
+
+@contextlib.contextmanager
+def ring(lab: Lab, task: Task, workers: int, identity: str) -> Iterator[tuple[Setting, Figures]]:
+    """The engine as the mesh starts it (layers divided evenly, weights from every machine's own file, a secret), over
+    the open network instead of the mesh's tunnels.
+
+    Args:
+        identity: 64 characters that name the model.
+    """
+    names = tuple(machine_names(workers)[1:])
+    counts = even_split(inspect(task.model).n_layers, workers + 1)
+    env = {"MESH_RPC_SECRET": _SECRET}
+    own_file = ["--gguf", str(task.model), "--gguf-id", identity]
+    with (
+        _rpc_servers(lab, task, task.programs, names, own_file, env) as endpoints,
+        _engine(
+            lab,
+            task,
+            task.programs,
+            "ring",
+            names,
+            ["--rpc", endpoints, *_divided(counts)],
+            {**env, "MESH_GGUF_ID": identity},
+        ) as (setting, figures),
+    ):
+        figures.layers = list(counts)
+        yield setting, figures
+
+
+def _divided(counts: Sequence[int]) -> list[str]:
+    remote = [*counts[1:-1], counts[-1] + 1]
+    arguments = ["-dev", ",".join(f"RPC{n}" for n in range(len(remote))), "-ngl", str(sum(remote))]
+    arguments += ["-ts", ",".join(map(str, remote)), "-ot", "^output.*=CPU,^token_embd.*=CPU"]
+    return [*arguments, "-lm", "none", "-cram", "0", "-ctxcp", "0"]
 
 
 @contextlib.contextmanager
@@ -137,15 +174,29 @@ def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]
 
 
 @contextlib.contextmanager
-def _rpc_servers(lab: Lab, task: Task, programs: Programs, names: Sequence[str]) -> Iterator[str]:
+def _rpc_servers(
+    lab: Lab,
+    task: Task,
+    programs: Programs,
+    names: Sequence[str],
+    arguments: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[str]:
     started = []
+    port = RPC_PORT + task.count_turns
     try:
         for name in names:
-            argv = [str(programs.rpc_server), "-H", lab.address(name), "-p", str(RPC_PORT), "-t", str(task.threads)]
+            argv = [str(programs.rpc_server), "-H", lab.address(name), "-p", str(port), "-t", str(task.threads)]
             with (task.directory / f"rpc-{name}.log").open("ab") as log:
-                started.append(_popen(lab, name, argv, log))
+                started.append(_popen(lab, name, [*argv, *arguments], log, env))
         for name in names:
-            _wait_listening(lab, name)
+            _wait_listening(lab, name, port)
+        for name in names if task.count_turns else ():
+            counter = [sys.executable, "-m", "bench.turns", lab.address(name), str(RPC_PORT), str(port)]
+            with turns_file(task, name).open("wb") as counts:
+                started.append(_popen(lab, name, counter, counts, {"PYTHONPATH": str(_ROOT)}))
+        for name in names if task.count_turns else ():
+            _wait_listening(lab, name, RPC_PORT)
         yield ",".join(f"{lab.address(name)}:{RPC_PORT}" for name in names)
     finally:
         for process in started:
@@ -153,9 +204,14 @@ def _rpc_servers(lab: Lab, task: Task, programs: Programs, names: Sequence[str])
             process.wait()
 
 
-def _wait_listening(lab: Lab, name: str) -> None:
+def turns_file(task: Task, worker: str) -> Path:
+    """Where :mod:`bench.turns` writes what it counted before that worker."""
+    return task.directory / f"turns-{worker}"
+
+
+def _wait_listening(lab: Lab, name: str, port: int) -> None:
     # Not by connecting: rpc-server serves one client at a time, and would take us for it.
-    wanted = f":{RPC_PORT:04X} 00000000:0000 0A"
+    wanted = f":{port:04X} 00000000:0000 0A"
     deadline = time.monotonic() + 20
     while wanted not in lab.run(name, ["cat", "/proc/net/tcp"]).stdout:
         if time.monotonic() > deadline:
@@ -165,7 +221,13 @@ def _wait_listening(lab: Lab, name: str) -> None:
 
 @contextlib.contextmanager
 def _engine(
-    lab: Lab, task: Task, programs: Programs, name: str, workers: tuple[str, ...], arguments: Sequence[str]
+    lab: Lab,
+    task: Task,
+    programs: Programs,
+    name: str,
+    workers: tuple[str, ...],
+    arguments: Sequence[str],
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Setting, Figures]]:
     argv = [str(programs.llama_server), "-m", str(task.model), "--host", "127.0.0.1", "--port", str(PORT)]
     argv += ["-t", str(task.threads), "-c", str(task.ctx_size), "-np", "1", "-fit", "off", "--offline", *arguments]
@@ -174,7 +236,7 @@ def _engine(
     lab.reset_counters()
     began = time.monotonic()
     with log_path.open("ab") as log:
-        process = _popen(lab, HOST, argv, log)
+        process = _popen(lab, HOST, argv, log, env)
     try:
         with lab.client(HOST) as client:
             while not _is_healthy(client, base_url):
@@ -191,9 +253,12 @@ def _engine(
         process.wait()
 
 
-def _popen(lab: Lab, node: str, argv: Sequence[str], log: IO[bytes]) -> subprocess.Popen[Any]:
-    # What the mesh would say to its engine stays unsaid: without it the engine behaves as upstream's does.
+def _popen(
+    lab: Lab, node: str, argv: Sequence[str], log: IO[bytes], said: Mapping[str, str] | None = None
+) -> subprocess.Popen[Any]:
+    # What the mesh would say to its engine is said on purpose only: without it weights are sent, to whoever asks.
     env = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_", "GGML_", "MESH_"))}
+    env |= said or {}
     return lab.popen(node, argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 

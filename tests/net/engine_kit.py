@@ -153,11 +153,14 @@ async def greedy(port: int, prompt: str = "Once upon a time", words: int = 24) -
 
 @dataclass
 class Relay:
-    """Carries one port to another, and counts."""
+    """Carries one port to another, and counts bytes, connections, and how often the far side speaks after ours did."""
 
     port: int
     up: int = 0
     down: int = 0
+    connections: int = 0
+    turns: int = 0
+    asked: bool = False
 
 
 @contextlib.asynccontextmanager
@@ -177,11 +180,14 @@ async def relayed(targets: Sequence[int]) -> AsyncIterator[list[Relay]]:
             ) -> None:
                 far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target)
                 writers.update((writer, far_writer))
+                relay.connections += 1
 
                 async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: str) -> None:
                     with contextlib.suppress(OSError):
                         while data := await source.read(1 << 16):
                             setattr(relay, way, getattr(relay, way) + len(data))
+                            relay.turns += way == "down" and relay.asked
+                            relay.asked = way == "up"
                             sink.write(data)
                             await sink.drain()
                     sink.close()

@@ -17,13 +17,14 @@ from mesh.engine.cache import Engine, find_engine
 from mesh.engine.commands import llama_server_command, rpc_server_command
 from tests.eventually import eventually
 from tests.net.engine_kit import Process, ask, free_port, greedy, running, serving, write_model
+from tests.net.rpc_client import DEVICE_COUNT, HELLO, HELLO_ANSWER, Client
 from tests.unit.test_engine_commands import layout
 
 pytestmark = pytest.mark.engine
 
 IDENTITY = "f" * 64
 SECRET = os.urandom(32)
-HELLO, DEVICE_COUNT, ALLOC_BUFFER, BUFFER_GET_BASE, LOAD_LOCAL = 14, 15, 0, 3, 18
+LOAD_LOCAL = 18
 ITEM = struct.Struct("<64sII4QQQQQ")
 """name, type, shard, shape, size, sample, buffer, data"""
 
@@ -53,31 +54,13 @@ class Worker:
         reader, writer = await self.connect()
         client = Client(reader, writer)
         writer.write(SECRET)
-        assert len(await client.ask(HELLO, bytes(24))) == 28
+        assert len(await client.ask(HELLO, bytes(24))) == HELLO_ANSWER
         return client
 
 
-@dataclass
-class Client:
-    """Speaks the engine's RPC: a command byte, a length, a body; answers are a length and a body."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    def tell(self, command: int, body: bytes, length: int | None = None) -> None:
-        self.writer.write(struct.pack("<BQ", command, len(body) if length is None else length) + body)
-
-    async def ask(self, command: int, body: bytes) -> bytes:
-        self.tell(command, body)
-        return await asyncio.wait_for(self.answer(), 10)
-
-    async def answer(self) -> bytes:
-        (length,) = struct.unpack("<Q", await self.reader.readexactly(8))
-        return await self.reader.readexactly(length)
-
-    async def load(self, body: bytes) -> str:
-        answer = await self.ask(LOAD_LOCAL, body)
-        return answer[8:].rstrip(b"\0").decode()
+async def load(client: Client, body: bytes) -> str:
+    """What the server says to an order to load; nothing when it obeyed."""
+    return (await client.ask(LOAD_LOCAL, body))[8:].rstrip(b"\0").decode()
 
 
 @contextlib.asynccontextmanager
@@ -132,30 +115,23 @@ async def test_a_secret_that_is_none_is_an_error_and_not_an_open_door(engine: En
             assert "MESH_RPC_SECRET must be" in process.text
 
 
-async def buffer(client: Client, size: int) -> tuple[int, int]:
-    """A remote buffer: its handle and where it begins."""
-    handle, _ = struct.unpack("<QQ", await client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, size)))
-    (base,) = struct.unpack("<Q", await client.ask(BUFFER_GET_BASE, struct.pack("<Q", handle)))
-    return handle, base
-
-
 async def test_a_load_stays_inside_its_buffer(engine: Engine, model: Path) -> None:
     async with guarded(engine, model) as worker:
         client = await worker.admitted()
-        handle, base = await buffer(client, 512)
+        handle, base = await client.buffer(512)
         shape = (128, 1, 1, 1)
         good = (b"blk.0.attn_norm.weight", 0, 0, *shape, 512, 0)
 
-        async def load(*item: int) -> str:
-            return await client.load(IDENTITY.encode() + ITEM.pack(*good, *item))
+        async def load_to(*item: int) -> str:
+            return await load(client, IDENTITY.encode() + ITEM.pack(*good, *item))
 
-        assert "has other contents" in await load(handle, base)  # all is well but the sample
+        assert "has other contents" in await load_to(handle, base)  # all is well but the sample
         for item in [(handle, base + 1), (handle, base - 1), (handle, 2**64 - 1), (handle, 0)]:
-            assert "outside of its buffer" in await load(*item)
+            assert "outside of its buffer" in await load_to(*item)
         for item in [(0, base), (handle + 8, base)]:
-            assert "buffer that does not exist" in await load(*item)
+            assert "buffer that does not exist" in await load_to(*item)
         huge = (b"blk.0.attn_norm.weight", 0, 0, *shape, 2**64 - 1, 0, handle, base)
-        assert "outside of its buffer" in await client.load(IDENTITY.encode() + ITEM.pack(*huge))
+        assert "outside of its buffer" in await load(client, IDENTITY.encode() + ITEM.pack(*huge))
 
 
 # Whatever bytes follow the command, the server refuses in words or hangs up, and serves the next client.
@@ -163,7 +139,7 @@ async def test_malformed_loads_do_not_harm_the_server(engine: Engine, model: Pat
     chance = random.Random(7)
     async with guarded(engine, model) as worker:
         client = await worker.admitted()
-        handle, base = await buffer(client, 4096)
+        handle, base = await client.buffer(4096)
         for _ in range(300):
             fields = [
                 chance.choice([b"blk.0.attn_norm.weight", b"output.weight", b"A" * 64, chance.randbytes(64), b""]),
@@ -177,7 +153,7 @@ async def test_malformed_loads_do_not_harm_the_server(engine: Engine, model: Pat
             ]
             body = chance.choice([IDENTITY.encode(), IDENTITY.encode(), b"\xff" * 64]) + ITEM.pack(*fields)
             cut = chance.choice([len(body), len(body), len(body) - 1, 63, 65, 0])
-            assert await client.load(body[:cut]) != ""
+            assert await load(client, body[:cut]) != ""
         for length in (2**25 + 1, 2**40, 2**64 - 1):  # nothing is allocated on a client's word
             client = await worker.admitted()
             client.tell(LOAD_LOCAL, b"", length)
