@@ -92,11 +92,20 @@ async def test_a_ring_says_what_one_machine_says(
 
 
 async def test_a_token_goes_once_around_the_ring(engine: Engine, model: Path) -> None:
-    hop = 0.04
-    async with push_ring(engine, model, (3, 3, 3, 3), delay_s=hop) as r:
+    async with push_ring(engine, model, (3, 3, 3, 3)) as r:
         await serving(r.host, r.port)
-        # Host, three workers, host: four hops. Through the host there were six.
-        assert 4 * hop * 1000 <= (await told(r.port, SHORT)).ms_per_token < 5.3 * hop * 1000
+        await told(r.port, SHORT)
+        answered = [link.down for link in r.links]
+        for link in (*r.links, *r.peers):
+            link.delay_s = 0.1
+        # Host, three workers, host: four hops. Through the host there were six. A busy machine may want a second try.
+        times = []
+        while not times or (times[-1] > 560 and len(times) < 3):
+            times.append((await told(r.port, SHORT, 6)).ms_per_token)
+        assert 400 <= min(times) < 560
+        # The host asked nobody but the last worker for anything.
+        await eventually(lambda: r.links[2].down > answered[2] + 5 * 256 * 4)
+        assert [link.down for link in r.links[:2]] == answered[:2]
 
 
 async def test_whoever_cannot_be_reached_is_named_and_served_through_the_host(
