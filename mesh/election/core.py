@@ -80,6 +80,11 @@ class Election:
         """Fencing: whether ``peer`` hosts the epoch this node follows, and means that one."""
         return peer == self._following.host and self._following.covers(epoch)
 
+    def may_push(self, peer: NodeId, epoch: Epoch) -> bool:
+        """Fencing: whether ``peer`` comes right before this worker in the ring it follows, and means that one."""
+        layout = self._following.layout
+        return layout is not None and layout.successor(peer) == self._me and self._following.covers(epoch)
+
     def covers(self, epoch: Epoch) -> bool:
         """Whether ``epoch`` names what this node follows, be it by an earlier number of the same running layout."""
         return self._following.covers(epoch)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mesh.engine.cache import Engine
 from mesh.errors import EngineError
-from mesh.wire.facts import Layout, RingMember
+from mesh.wire.facts import Layout, NodeId, RingMember
 
 LOOPBACK = "127.0.0.1"
 _MAX_DEVICES = 15
@@ -79,6 +79,9 @@ def llama_server_command(
         argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
         env["MESH_GGUF_ID"] = layout.model.fingerprint
         env["MESH_RPC_SECRET"] = _secret(rpc_secret)
+        if len(layout.workers) > 1:
+            seats = zip(endpoints, layout.workers, strict=True)
+            env["MESH_RPC_RING"] = ",".join(f"{endpoint}={worker.id}" for endpoint, worker in seats)
     else:
         argv += [*solo_arguments(layout.ring[0], gpu_layers), "-cram", str(prompt_cache_mib)]
     if api_key:
@@ -146,19 +149,24 @@ def rpc_server_command(
     fingerprint: str,
     rpc_secret: bytes,
     device: str = "CPU",
+    peers: Mapping[NodeId, str] | None = None,
 ) -> Launch:
     """A worker's server.
 
     Args:
         model_files: the GGUF's files, shards in order: what it may read, and nothing else.
         fingerprint: the model's, hex SHA-256 over the files' contents.
-        rpc_secret: 16 to 64 bytes that a client must send first.
+        rpc_secret: 16 to 64 bytes that a client must send first, and this server to its peers.
+        peers: workers it can push to, and the ``127.0.0.1:port`` of the tunnel to each.
     """
     argv = [str(engine.rpc_server), "-H", LOOPBACK, "-p", str(port), "-t", str(threads), "-d", device]
     for file in model_files:
         argv += ["--gguf", str(file)]
     argv += ["--gguf-id", fingerprint]
-    return Launch(tuple(argv), {"MESH_RPC_SECRET": _secret(rpc_secret)})
+    env = {"MESH_RPC_SECRET": _secret(rpc_secret)}
+    if peers:
+        env["MESH_RPC_PEERS"] = ",".join(f"{peer}={endpoint}" for peer, endpoint in peers.items())
+    return Launch(tuple(argv), env)
 
 
 def _secret(secret: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mesh.engine.cache import Engine
@@ -34,8 +34,8 @@ class Equipment:
         self._threads = threads
         self._gpu_layers = gpu_layers
 
-    def rpc_server(self, layout: Layout, port: int, secret: bytes) -> Launch:
-        """This node's rpc-server.
+    def rpc_server(self, layout: Layout, port: int, secret: bytes, peers: Mapping[NodeId, str]) -> Launch:
+        """This node's rpc-server, which reaches the worker after it as ``peers`` says.
 
         Raises:
             MeshError: no engine, or no copy of the model.
@@ -50,6 +50,7 @@ class Equipment:
             fingerprint=layout.model.fingerprint,
             rpc_secret=secret,
             device=share.device,
+            peers=peers,
         )
 
     def llama_server(self, layout: Layout, port: int, endpoints: Sequence[str], secret: bytes, api_key: str) -> Launch:

@@ -38,11 +38,12 @@ from mesh.proxy.tcp import open_tcp
 from mesh.proxy.upstream import Route
 from mesh.pump import Pump
 from mesh.supervise.core import State
-from mesh.supervise.runner import EngineRunner
+from mesh.supervise.runner import EngineRunner, RpcEndpoint
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
 from mesh.tunnel.host import HostTunnels
 from mesh.tunnel.member import HttpTunnel, WorkerTunnel
+from mesh.tunnel.push import PushTunnels
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeFacts, NodeId
 from mesh.wire.messages import (
     Control,
@@ -50,6 +51,7 @@ from mesh.wire.messages import (
     LoadProgress,
     Open,
     OpenHttp,
+    OpenPush,
     OpenRpc,
     Refused,
     Serving,
@@ -121,9 +123,8 @@ class Node:
         )
         self.proxy = Proxy(clock)
         self._tunnels = HostTunnels(self.links.open_bulk)
-        self._worker_tunnel = WorkerTunnel(
-            lambda epoch: self._runner.rpc_endpoint(self._engine_epoch(epoch)), self._election.may_carry
-        )
+        self._worker_tunnel = WorkerTunnel(self._rpc_endpoint, self._election.may_carry)
+        self._pushes = PushTunnels(self.links.open_bulk, self._rpc_endpoint, self._election.may_push)
         self._http_tunnel = HttpTunnel(lambda epoch: self._runner.http_port(self._engine_epoch(epoch)))
         equipment = Equipment(key.id, engine, self._shelf.file, self.facts.threads, settings.gpu_layers)
         self._runner = EngineRunner(
@@ -133,6 +134,7 @@ class Node:
             server_command=equipment.llama_server,
             tunnels=self._tunnels,
             worker_side=self._worker_tunnel,
+            pushes=self._pushes,
             clock=clock,
             tell_host=self._rpc_server_listens,
             announce=self._engine_says,
@@ -254,6 +256,7 @@ class Node:
         self._narrator.member(effect, seen)
         if isinstance(effect, membership.MemberLost):
             self._tunnels.drop(effect.node)
+            self._pushes.drop(effect.node)
             self.links.drop(effect.node, effect.reason)
         if isinstance(effect, membership.MemberAlive | membership.MemberFacts):
             self._shelf.look_for(effect.facts.models)
@@ -311,6 +314,9 @@ class Node:
     def _engine_epoch(self, epoch: Epoch) -> Epoch:
         return self._launched if self._election.covers(epoch) else epoch
 
+    def _rpc_endpoint(self, epoch: Epoch) -> RpcEndpoint | None:
+        return self._runner.rpc_endpoint(self._engine_epoch(epoch))
+
     def _layout_workers(self) -> tuple[NodeId, ...]:
         layout = self._election.status().layout
         return () if layout is None else tuple(member.id for member in layout.workers)
@@ -341,6 +347,8 @@ class Node:
         match request:
             case OpenRpc():
                 self._spawn(self._worker_tunnel.serve(peer, request, stream))
+            case OpenPush():
+                self._spawn(self._pushes.serve(peer, request, stream))
             case OpenHttp():
                 self._spawn(self._http_tunnel.serve(peer, request, stream))
             case _:

@@ -13,6 +13,7 @@ MAX_LINE = 4096
 """Bytes of a line that are kept in memory."""
 TAIL_LINES = 50
 _PROGRESS = re.compile(rb"mesh-load (\d{1,18}) (\d{1,18})")
+_FALLBACK = re.compile(r"mesh-push-fallback (\S{1,64}) (\S{1,64}) (.*)")
 
 
 class RotatingLog:
@@ -95,11 +96,19 @@ class Output:
         log: where lines go.
         on_progress: called with bytes done and bytes in all for each ``mesh-load DONE TOTAL`` line of its stdout;
             such lines go nowhere else.
+        on_fallback: called with two names and the reason when the engine says that what the first computes reaches the
+            second only through the host.
     """
 
-    def __init__(self, log: RotatingLog, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def __init__(
+        self,
+        log: RotatingLog,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_fallback: Callable[[str, str, str], None] = lambda source, destination, reason: None,
+    ) -> None:
         self._log = log
         self._on_progress = on_progress
+        self._on_fallback = on_fallback
         self._pipes = {1: _Lines(), 2: _Lines()}
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -126,5 +135,7 @@ class Output:
             kept.append(line + b"\n")
             words = line[:MAX_LINE].decode("utf-8", "replace")
             self._tail.append("".join(c if c.isprintable() else " " for c in words).rstrip())
+            if fallback := _FALLBACK.fullmatch(self._tail[-1]):
+                self._on_fallback(*fallback.groups())
         if kept:
             self._log.write(b"".join(kept))

@@ -69,6 +69,13 @@ class WorkerSide(Protocol):
     def close(self) -> None: ...
 
 
+class Pushes(Protocol):
+    """A worker's way to the next one, see :class:`mesh.tunnel.PushTunnels`."""
+
+    async def open(self, epoch: Epoch, successor: NodeId, secret: bytes) -> str: ...
+    async def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RpcEndpoint:
     """Our own rpc-server: loopback port, and the 32 bytes it wants to hear first."""
@@ -77,8 +84,8 @@ class RpcEndpoint:
     secret: bytes
 
 
-RpcCommand = Callable[[Layout, int, bytes], Command]
-"""``(layout, port, secret)`` to what starts this node's rpc-server."""
+RpcCommand = Callable[[Layout, int, bytes, Mapping[NodeId, str]], Command]
+"""``(layout, port, secret, tunnel endpoint of each worker it can push to)`` to what starts this node's rpc-server."""
 ServerCommand = Callable[[Layout, int, Sequence[str], bytes, str], Command]
 """``(layout, port, tunnel endpoints in ring order, secret, API key)`` to what starts llama-server."""
 Outgoing = WorkerReady | Serving | EngineDown | LoadProgress
@@ -102,6 +109,7 @@ class EngineRunner:
         rpc_command, server_command: what to start, secrets included (in ``env``, where no process list shows them).
         tunnels: the host's listeners; its ``on_failure`` is set here.
         worker_side: this node's end of a host's tunnels; its ``on_connected`` is set here.
+        pushes: the tunnel to the next worker; None: everything goes through the host.
         tell_host: send to the host of the epoch.
         announce: send to all members (:class:`Serving`, :class:`EngineDown`, :class:`LoadProgress`) and handle here
             as if received.
@@ -120,6 +128,7 @@ class EngineRunner:
         tell_host: Callable[[NodeId, WorkerReady], None],
         announce: Callable[[Serving | EngineDown | LoadProgress], None],
         worker_side: WorkerSide | None = None,
+        pushes: Pushes | None = None,
         launcher: Launcher | None = None,
         deadlines: Deadlines | None = None,
         make_secret: Callable[[], bytes] = lambda: secrets.token_bytes(32),
@@ -134,6 +143,7 @@ class EngineRunner:
         self._server_command = server_command
         self._tunnels = tunnels
         self._worker_side = worker_side
+        self._pushes = pushes
         self._clock = clock
         self._tell_host = tell_host
         self._announce = announce
@@ -259,7 +269,11 @@ class EngineRunner:
 
     async def _start_rpc_server(self, epoch: Epoch, layout: Layout) -> None:
         secret = self._keys_of(epoch).rpc
-        await self._run(epoch, ProcessKind.RPC, lambda port: self._rpc_command(layout, port, secret))
+        successor = layout.successor(self._me)
+        peers = {}
+        if self._pushes is not None and successor is not None:
+            peers[successor] = await self._pushes.open(epoch, successor, secret)
+        await self._run(epoch, ProcessKind.RPC, lambda port: self._rpc_command(layout, port, secret, peers))
 
     async def _open_tunnels(self, epoch: Epoch, workers: tuple[NodeId, ...]) -> None:
         endpoints = await self._tunnels.open(epoch, workers, self._keys_of(epoch).rpc)
@@ -292,7 +306,9 @@ class EngineRunner:
     async def _launch(self, epoch: Epoch, kind: ProcessKind, command: Command) -> Child:
         assert self._launcher is not None, "start() comes first"
         self._logs[kind].write(f"--- epoch {epoch.number} at {self._clock.wall():.0f}\n".encode())
-        output = Output(self._logs[kind], lambda done, total: self.post(LoadSeen(epoch, done, total)))
+        output = Output(
+            self._logs[kind], lambda done, total: self.post(LoadSeen(epoch, done, total)), self._note_fallback
+        )
         environment = child_environment(self._environment, command.env)
         # Never half-started: a step that is cancelled here leaves the launch to finish, and the stop that cancelled
         # it waits for that and ends the child.
@@ -302,6 +318,12 @@ class EngineRunner:
         self._launches.add(launch)
         launch.add_done_callback(self._launched)
         return await asyncio.shield(launch)
+
+    def _note_fallback(self, source: str, destination: str, reason: str) -> None:
+        ring = () if self._core.layout is None else self._core.layout.ring
+        names = {member.id: member.name for member in ring}
+        pair = (names.get(source, source), names.get(destination, destination))
+        log.warning("%s reaches %s only through this machine: %s", *pair, reason)
 
     def _launched(self, launch: asyncio.Task[Child]) -> None:
         self._launches.discard(launch)
@@ -334,7 +356,8 @@ class EngineRunner:
         self._kill_children()
         if self._worker_side is not None:
             self._worker_side.close()
-        await asyncio.gather(*steps, self._tunnels.close(), return_exceptions=True)
+        closing = [self._tunnels.close()] + ([] if self._pushes is None else [self._pushes.close()])
+        await asyncio.gather(*steps, *closing, return_exceptions=True)
         if self._launches:
             await asyncio.wait([*self._launches])
             await asyncio.sleep(0)  # their done callbacks put the children on the list

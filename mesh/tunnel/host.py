@@ -10,7 +10,7 @@ from mesh.errors import MeshError, TransportError
 from mesh.transport.lane import Stream
 from mesh.tunnel.pump import LocalEnd, Traffic, pump
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeId
-from mesh.wire.messages import OpenRpc
+from mesh.wire.messages import OpenPush, OpenRpc
 
 SECRET_BYTES = 32
 SECRET_WITHIN_S = 5.0
@@ -18,7 +18,7 @@ OPEN_WITHIN_S = 15.0
 MAX_STRANGERS = 16
 """Local connections that have not shown the secret yet; more are closed at once."""
 
-OpenBulk = Callable[[NodeId, OpenRpc], Awaitable[Stream]]
+OpenBulk = Callable[[NodeId, OpenRpc | OpenPush], Awaitable[Stream]]
 """Opens a stream to a member, says what it is for, and returns it once the other end answered ``Opened``.
 
 Raises a ``MeshError`` when the member cannot be reached or refuses."""
@@ -33,6 +33,7 @@ class HostTunnels:
     Args:
         open_bulk: the way to the members.
         on_failure: told once per broken or refused tunnel of the current epoch, with what happened.
+        request: what the streams are opened with.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class HostTunnels:
         open_bulk: OpenBulk,
         *,
         on_failure: Callable[[Epoch, NodeId, str], None] = lambda epoch, worker, reason: None,
+        request: Callable[[Epoch], OpenRpc | OpenPush] = OpenRpc,
     ) -> None:
         self.on_failure = on_failure
+        self._request = request
         self._open_bulk = open_bulk
         self._epoch = NO_EPOCH
         self._secret = b""
@@ -137,7 +140,7 @@ class HostTunnels:
     async def _open(self, epoch: Epoch, worker: NodeId) -> Stream:
         try:
             async with asyncio.timeout(OPEN_WITHIN_S):
-                return await self._open_bulk(worker, OpenRpc(epoch))
+                return await self._open_bulk(worker, self._request(epoch))
         except TimeoutError as error:
             raise TransportError(f"no answer within {OPEN_WITHIN_S:.0f} s") from error
 

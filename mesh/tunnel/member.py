@@ -11,7 +11,7 @@ from mesh.transport.lane import Stream
 from mesh.tunnel.pump import Traffic, connect_local, pump
 from mesh.wire.codec import encode
 from mesh.wire.facts import Epoch, NodeId
-from mesh.wire.messages import Opened, OpenFailed, OpenHttp, OpenRpc
+from mesh.wire.messages import Opened, OpenFailed, OpenHttp, OpenPush, OpenRpc
 
 MAX_RPC_STREAMS = 16
 """Of one host to our rpc-server. It opens one, and a few short ones while it starts."""
@@ -33,7 +33,7 @@ class _Carrier:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._carrying: set[asyncio.Task[None]] = set()
+        self._carrying: dict[asyncio.Task[None], NodeId] = {}
         self._traffic: dict[NodeId, Traffic] = {}
 
     @property
@@ -45,6 +45,12 @@ class _Carrier:
         """Reset every stream and close every local connection now."""
         for task in self._carrying:
             task.cancel()
+
+    def drop(self, peer: NodeId) -> None:
+        """``peer`` is dead: close what comes from it now, before its connection has noticed."""
+        for task, source in self._carrying.items():
+            if source == peer:
+                task.cancel()
 
     async def _carry(
         self, peer: NodeId, stream: Stream, port: int, greeting: bytes, on_connected: Callable[[], None]
@@ -76,8 +82,8 @@ class _Carrier:
                     stream.abort()
 
         task = asyncio.ensure_future(carry())
-        self._carrying.add(task)
-        task.add_done_callback(self._carrying.discard)
+        self._carrying[task] = peer
+        task.add_done_callback(lambda task: self._carrying.pop(task, None))
         # A task cancelled before its first step runs no finally.
         task.add_done_callback(lambda task: stream.abort() if task.cancelled() else None)
         try:
@@ -87,12 +93,12 @@ class _Carrier:
 
 
 class WorkerTunnel(_Carrier):
-    """Carries the host's RPC streams to our own rpc-server, while its epoch is current.
+    """Carries RPC streams to our own rpc-server, while its epoch is current.
 
     Args:
         endpoint: our rpc-server of an epoch; None when that epoch is not, or no longer, the one we run.
-        may_carry: the peer is the host of the epoch, and the epoch is the newest we know (fencing).
-        on_connected: told the epoch each time the host has reached our rpc-server.
+        may_carry: the peer may reach it in this epoch, and the epoch is the newest we know (fencing).
+        on_connected: told the epoch each time a peer has reached our rpc-server.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class WorkerTunnel(_Carrier):
         self._endpoint = endpoint
         self._may_carry = may_carry
 
-    async def serve(self, peer: NodeId, request: OpenRpc, stream: Stream) -> None:
+    async def serve(self, peer: NodeId, request: OpenRpc | OpenPush, stream: Stream) -> None:
         """Answer ``request``, then carry until either side ends. Never raises for what the peer or the engine does."""
         if not self._may_carry(peer, request.epoch):
             await _refuse(stream, "fenced", f"this node follows another layout than epoch {request.epoch.number}")

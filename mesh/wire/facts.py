@@ -6,6 +6,7 @@ decoder before anything is allocated on its word.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -135,3 +136,8 @@ class Layout(Struct, frozen=True):
     def workers(self) -> tuple[RingMember, ...]:
         """The members the host reaches through tunnels, in ring order."""
         return tuple(m for m in self.ring if m.id != self.host)
+
+    def successor(self, worker: NodeId) -> NodeId | None:
+        """The worker that goes on with what ``worker`` has computed; None for the last one and for who is none."""
+        ids = [m.id for m in self.workers]
+        return dict(pairwise(ids)).get(worker)

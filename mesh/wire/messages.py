@@ -221,6 +221,13 @@ class OpenRpc(_Message, frozen=True, tag="rpc"):
     epoch: Epoch
 
 
+class OpenPush(_Message, frozen=True, tag="push"):
+    """Raw bytes to the receiver's rpc-server. Only the worker right before it in the ring of ``epoch`` may ask, and
+    only while that is current."""
+
+    epoch: Epoch
+
+
 class OpenHttp(_Message, frozen=True, tag="http"):
     """Raw bytes to the llama-server of the receiving host, while ``epoch`` is current."""
 
@@ -236,7 +243,7 @@ class OpenFailed(_Message, frozen=True, tag="openfailed"):
     message: Text
 
 
-Open = OpenControl | OpenRpc | OpenHttp
+Open = OpenControl | OpenRpc | OpenPush | OpenHttp
 OpenReply = Opened | OpenFailed
 
 ModelName = Fingerprint | Name

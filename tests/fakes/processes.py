@@ -49,7 +49,7 @@ if __name__ != "__main__":
     def stand_in(*arguments: object, **env: str) -> StandIn:
         return StandIn((sys.executable, "-I", "-S", __file__, *map(str, arguments)), env)
 
-    def stand_in_rpc(layout: Layout, port: int, secret: bytes) -> StandIn:
+    def stand_in_rpc(layout: Layout, port: int, secret: bytes, peers: Mapping[NodeId, str]) -> StandIn:
         return stand_in("rpc", "--port", port, MESH_RPC_SECRET=secret.hex())
 
     def stand_in_server(layout: Layout, port: int, endpoints: Sequence[str], secret: bytes, api_key: str) -> StandIn:

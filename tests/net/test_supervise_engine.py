@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from mesh.models.fingerprint import fingerprint
 from mesh.supervise.core import State
 from mesh.supervise.events import Adopt, MemberReady
 from mesh.supervise.runner import EngineRunner
-from mesh.tunnel import HostTunnels, WorkerTunnel
+from mesh.tunnel import HostTunnels, PushTunnels, WorkerTunnel
 from mesh.wire.codec import open_reply_decoder, read_frame
 from mesh.wire.facts import Epoch, Layout, ModelCost, RingMember
-from mesh.wire.messages import EngineDown, LoadProgress, Opened, OpenRpc, Serving, WorkerReady
+from mesh.wire.messages import EngineDown, LoadProgress, Opened, OpenPush, OpenRpc, Serving, WorkerReady
 from tests.eventually import eventually
 from tests.fakes.processes import node_id
 from tests.fakes.transport import stream_pair
@@ -59,13 +59,20 @@ class Ring:
         self.announced: list[tuple[str, Serving | EngineDown | LoadProgress]] = []
         self.tunnels = HostTunnels(self.open_bulk)
         self.worker_ends: dict[str, WorkerTunnel] = {}
+        self.pushes: dict[str, PushTunnels] = {}
         self.runners: dict[str, EngineRunner] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        self.may_push = True
         for me in (A, B, C):
             (tmp_path / me[0]).mkdir()
             self.worker_ends[me] = WorkerTunnel(
                 lambda epoch, me=me: self.runners[me].rpc_endpoint(epoch),  # type: ignore[misc]
                 lambda peer, epoch: peer == A,
+            )
+            self.pushes[me] = PushTunnels(
+                lambda to, request, me=me: self.open_push(me, to, request),  # type: ignore[misc]
+                lambda epoch, me=me: self.runners[me].rpc_endpoint(epoch),  # type: ignore[misc]
+                lambda peer, epoch, me=me: self.may_push and self.runners[peer].layout.successor(peer) == me,  # type: ignore
             )
             self.runners[me] = EngineRunner(
                 me,
@@ -74,12 +81,13 @@ class Ring:
                 server_command=self.server_command,
                 tunnels=self.tunnels if me == A else HostTunnels(self.open_bulk),
                 worker_side=self.worker_ends[me],
+                pushes=self.pushes[me],
                 clock=SystemClock(),
                 tell_host=lambda host, message, me=me: self.tell(host, me, message),  # type: ignore[misc]
                 announce=lambda message, me=me: self.announced.append((me, message)),  # type: ignore[misc]
             )
 
-    def rpc_command(self, layout: Layout, port: int, secret: bytes) -> Launch:
+    def rpc_command(self, layout: Layout, port: int, secret: bytes, peers: Mapping[str, str]) -> Launch:
         return rpc_server_command(
             self.engine,
             port,
@@ -87,6 +95,7 @@ class Ring:
             model_files=[self.model],
             fingerprint=self.cost.fingerprint,
             rpc_secret=secret,
+            peers=peers,
         )
 
     def server_command(
@@ -99,9 +108,16 @@ class Ring:
     def tell(self, host: str, worker: str, message: WorkerReady) -> None:
         self.runners[host].post(MemberReady(worker, message.epoch))
 
-    async def open_bulk(self, worker: str, request: OpenRpc) -> Any:
+    async def open_bulk(self, worker: str, request: OpenRpc | OpenPush) -> Any:
+        return await self.opened(lambda stream: self.worker_ends[worker].serve(A, request, stream))
+
+    async def open_push(self, source: str, worker: str, request: OpenRpc | OpenPush) -> Any:
+        assert isinstance(request, OpenPush)
+        return await self.opened(lambda stream: self.pushes[worker].serve(source, request, stream))
+
+    async def opened(self, serve: Callable[[Any], Coroutine[Any, Any, None]]) -> Any:
         ours, theirs = stream_pair()
-        task = asyncio.ensure_future(self.worker_ends[worker].serve(A, request, theirs))
+        task = asyncio.ensure_future(serve(theirs))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         reply = await read_frame(ours, open_reply_decoder)
@@ -168,6 +184,8 @@ async def test_three_nodes_say_what_one_says_and_a_killed_worker_costs_an_epoch(
     assert {node for node, message in progress.items() if message.done_bytes == message.total_bytes} == {B, C}
     weights = sum(ring.cost.layer_bytes) // 3
     assert all(traffic.up_bytes < weights for traffic in ring.tunnels.traffic.values())
+    # What B computes goes straight to C: at least 16 tokens of the prompt and the answer.
+    assert ring.pushes[B].traffic[C].up_bytes > 16 * 4 * ring.cost.n_embd
 
     os.kill(ring.pid(B), signal.SIGKILL)
     await eventually(lambda: {me for me, m in ring.announced if isinstance(m, EngineDown)} == {A, B}, within=5)
@@ -178,6 +196,19 @@ async def test_three_nodes_say_what_one_says_and_a_killed_worker_costs_an_epoch(
     ring.adopt(three, C)
     await ring.serves(three)
     assert await ring.text() == alone
+
+
+async def test_a_worker_that_lets_nobody_push_costs_time_and_is_named(
+    ring: Ring, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring.adopt(ONE)
+    await ring.serves(ONE)
+    alone = await ring.text()
+    ring.may_push = False
+    ring.adopt(TWO, B, C)
+    await ring.serves(TWO)
+    assert await ring.text() == alone
+    assert "node b reaches node c only through this machine: it did not answer" in caplog.text
 
 
 async def test_a_file_that_is_no_model_is_reported_in_the_engines_words(ring: Ring, tmp_path: Path) -> None:

@@ -107,7 +107,11 @@ def test_a_split_takes_endpoints_in_ring_order_and_keeps_the_cache_where_it_is()
     assert argument(launch.argv, "-cram") == argument(launch.argv, "-ctxcp") == "0"
     assert argument(launch.argv, "-c") == "1024"
     assert argument(launch.argv, "--host") == "127.0.0.1"
-    assert launch.env == {"MESH_GGUF_ID": "f" * 64, "MESH_RPC_SECRET": SECRET.hex()}
+    assert launch.env == {
+        "MESH_GGUF_ID": "f" * 64,
+        "MESH_RPC_SECRET": SECRET.hex(),
+        "MESH_RPC_RING": f"127.0.0.1:7000={IDS[1]},127.0.0.1:7001={IDS[2]}",
+    }
 
 
 def test_solo_knows_no_rpc() -> None:
