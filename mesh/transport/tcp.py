@@ -70,7 +70,7 @@ class TcpLane:
         self._as_client = client_context()
         self._room = receive_room()
         self._servers: list[asyncio.Server] = []
-        self._streams: set[TcpStream] = set()
+        self._streams: dict[TcpStream, NodeId] = {}  # "": who it is was not shown yet
         self._strangers: dict[TcpStream, asyncio.Task[None]] = {}
         self._sources: Counter[str] = Counter()
         self._closed = False
@@ -116,7 +116,7 @@ class TcpLane:
             AdmissionError: another key than expected answered (code ``wrong-key``); it got nothing of this.
         """
         stream = TcpStream(TlsSession(self._as_client, server=False), self._room())
-        self._watch(stream)
+        self._watch(stream, expect)
         try:
             async with asyncio.timeout(timeout):
                 await self._connect(stream, address)
@@ -127,13 +127,22 @@ class TcpLane:
                     raise TransportError(f"{address} (TCP) does not speak our protocol", code="no-welcome")
         except BaseException as error:
             stream.abort()
+            if not stream.connected:
+                self._forget(stream)
             if isinstance(error, TimeoutError):
-                raise TransportError(f"no answer from {address} (TCP) within {timeout:g} s", code="no-answer") from error
+                raise TransportError(
+                    f"no answer from {address} (TCP) within {timeout:g} s", code="no-answer"
+                ) from error
             if isinstance(error, EOFError):
                 raise TransportError(f"{address} (TCP) did not let us in", code="no-welcome") from error
             raise
         stream.trust()
         return stream
+
+    def cut(self, peer: NodeId, reason: str) -> None:
+        """Cut every stream from and to ``peer`` now."""
+        for stream in [stream for stream, owner in self._streams.items() if owner == peer]:
+            stream.lose(reason)
 
     async def close(self) -> None:
         """Stop listening and cut every connection."""
@@ -164,12 +173,12 @@ class TcpLane:
         except (OSError, UnicodeError) as error:
             raise TransportError(f"{address} (TCP) cannot be reached: {error}", code="unreachable") from error
 
-    def _watch(self, stream: TcpStream) -> None:
-        self._streams.add(stream)
+    def _watch(self, stream: TcpStream, peer: NodeId) -> None:
+        self._streams[stream] = peer
         stream.on_gone = lambda: self._forget(stream)
 
     def _forget(self, stream: TcpStream) -> None:
-        self._streams.discard(stream)
+        self._streams.pop(stream, None)
 
     # -- listening ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +190,7 @@ class TcpLane:
         if self._closed or len(self._strangers) >= MAX_STRANGERS or self._sources[source] >= MAX_STRANGERS_EACH:
             stream.abort()
             return
-        self._watch(stream)
+        self._watch(stream, "")
         self._sources[source] += 1
         greeting = asyncio.get_running_loop().create_task(self._greet(stream))
         self._strangers[stream] = greeting
@@ -200,6 +209,7 @@ class TcpLane:
                 await stream.established
                 peer = await self.recognise(await stream.read_exactly(TICKET_BYTES))
             if peer is not None:
+                self._streams[stream] = peer
                 await stream.write(WELCOME)
                 stream.trust()
         except (TimeoutError, EOFError, MeshError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import struct
@@ -117,16 +118,19 @@ class TcpStream(asyncio.BufferedProtocol):
         if self._transport is not None:
             sock = self._transport.get_extra_info("socket")
             if sock is not None:
-                try:  # a reset, so that the other side learns it at once and keeps nothing for us
+                with contextlib.suppress(OSError):  # a reset: the other side learns it at once and keeps nothing
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
-                except OSError:
-                    pass  # closed already
             self._transport.abort()
 
     @property
     def peer_key(self) -> bytes | None:
         """Raw Ed25519 key of the side that listens, as seen by the side that dialed."""
         return self._tls.peer_key
+
+    @property
+    def connected(self) -> bool:
+        """There was a socket, so that ``on_gone`` is called once it is closed."""
+        return self._transport is not None
 
     @property
     def source(self) -> str:

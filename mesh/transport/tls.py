@@ -6,6 +6,7 @@ only (RFC 8446, section 6.1). That is why it is driven here directly, and it cos
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import ssl
@@ -129,10 +130,8 @@ class TlsSession:
     def end(self) -> None:
         """End our half. Everything fed must have been read before, or it is lost."""
         self.ended = True
-        try:
+        with contextlib.suppress(ssl.SSLWantReadError):  # it would wait for the other half's end; we read on till then
             self._tls.unwrap()
-        except ssl.SSLWantReadError:
-            pass  # it would like to wait for the other half's end; we read on until that comes
 
     def to_send(self) -> bytes:
         """Ciphertext for the network."""
