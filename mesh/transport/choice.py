@@ -16,9 +16,9 @@ LAN_RTT_MS = 5.0
 CLEARLY = 0.8
 """TCP's burst must take less than this share of QUIC's for a change to TCP; once there, it stays while no worse."""
 FIRST_RETRY_S = 10.0
-LAST_RETRY_S = 600.0
+"""Until TCP is tried again after it failed or lost, then twice as long: a first trial may have met a busy machine."""
 LOOK_AGAIN_S = 300.0
-"""Paths change: after this long a choice is looked at again."""
+"""Paths change: after this long any choice is looked at again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class LaneChoice:
         self.tried = False
         """There has been an outcome, good or bad."""
         self._next = now
-        self._failures = 0
+        self._in_vain = 0
 
     def handle(self, event: Event, now: float) -> None:
         """Take in what happened to TCP."""
@@ -65,12 +65,14 @@ class LaneChoice:
         match event:
             case TcpFailed():
                 self.path = "quic"
-                self._next = now + min(FIRST_RETRY_S * 2**self._failures, LAST_RETRY_S)
-                self._failures = min(self._failures + 1, 16)
             case Measured():
                 self.path = "tcp" if self._is_better(event) else "quic"
-                self._next = now + LOOK_AGAIN_S
-                self._failures = 0
+        if self.path == "tcp":
+            self._in_vain = 0
+            self._next = now + LOOK_AGAIN_S
+        else:
+            self._next = now + min(FIRST_RETRY_S * 2**self._in_vain, LOOK_AGAIN_S)
+            self._in_vain = min(self._in_vain + 1, 16)
 
     def next_timer(self) -> float:
         """When TCP is to be tried out (again)."""

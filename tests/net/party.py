@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 from dataclasses import dataclass, field
 
@@ -51,12 +50,18 @@ class Node:
     listens_over_tcp: bool = True
 
     async def start(self, port: int = 0) -> Node:
-        self.endpoint = Endpoint(self.key, SystemClock(), on_connection=self._accept)
-        [self.address] = await self.endpoint.start([("127.0.0.1", port)])
         self.tcp = TcpLane(self.key)
-        if self.listens_over_tcp:
-            with contextlib.suppress(TransportError):  # an ephemeral UDP port may be another's TCP port
-                await self.tcp.start([split_address(self.address)])
+        while True:
+            self.endpoint = Endpoint(self.key, SystemClock(), on_connection=self._accept)
+            [self.address] = await self.endpoint.start([("127.0.0.1", port)])
+            try:
+                if self.listens_over_tcp:
+                    await self.tcp.start([split_address(self.address)])
+                break
+            except TransportError:
+                if port:
+                    break
+                await self.endpoint.close()  # a free UDP port may be somebody's TCP port
         self.links = Links(
             self.endpoint,
             self.key,
