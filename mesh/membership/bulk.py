@@ -14,7 +14,7 @@ from mesh.errors import MeshError
 from mesh.membership.knocks import Knocks
 from mesh.membership.link import Link
 from mesh.transport.choice import Event, LaneChoice, Measured, TcpFailed, is_near
-from mesh.transport.lane import Stream
+from mesh.transport.lane import Path, Stream
 from mesh.transport.tcp import TcpLane, digest_of, new_ticket
 from mesh.transport.tcpstream import TcpStream
 from mesh.wire.codec import encode
@@ -161,9 +161,7 @@ class BulkLanes:
                 way.kick.clear()
                 await _wait_for(way.kick, pause)
                 continue
-            event = await self._try_out(tcp, link, way)
-            log.debug("TCP to %s: %s", link.peer, event)
-            self._learn(link, way, event)
+            self._learn(link, way, await self._try_out(tcp, link, way))
 
     async def _try_out(self, tcp: TcpLane, link: Link, way: _Way) -> Event:
         try:
@@ -198,7 +196,10 @@ class BulkLanes:
 
     def _learn(self, link: Link, way: _Way, event: Event) -> None:
         way.choice.handle(event, self._clock.now())
-        link.path = way.choice.path if way.choice.path == "tcp" else link.connection.path
+        path: Path = "tcp" if way.choice.path == "tcp" else link.connection.path
+        if path != link.path:
+            log.info("bulk to %s goes over %s from now on: %s", link.peer, path, event)
+        link.path = path
         way.settled.set()
 
 
