@@ -53,7 +53,7 @@ async def run(
         stack.push_async_callback(endpoint.close)
         tcp = TcpLane(key)
         stack.push_async_callback(tcp.close)
-        await _listen_over_tcp(tcp, bound, view)
+        await listen_over_tcp(tcp, bound, view)
         addresses = tuple(own_addresses(bound, settings.advertise))
         if record is None:
             record = found(key, settings.name, clock.wall())
@@ -83,7 +83,7 @@ async def run(
     ending.finish(settings.state_dir)
 
 
-async def _listen_over_tcp(tcp: TcpLane, bound: Sequence[str], view: View) -> None:
+async def listen_over_tcp(tcp: TcpLane, bound: Sequence[str], view: View) -> None:
     """On the port number that QUIC has. Without it everything works, and a LAN is slower: that deserves a line."""
     try:
         await tcp.start([split_address(address) for address in bound])

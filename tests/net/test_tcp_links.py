@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from mesh.errors import AdmissionError, TransportError
+from mesh.identity.key import NodeKey
 from mesh.membership import bulk
+from mesh.node.run import listen_over_tcp
+from mesh.notice import Notice
 from mesh.transport.choice import LaneChoice, TcpFailed
 from mesh.transport.lane import Stream
 from mesh.transport.tcp import TcpLane, new_ticket
@@ -262,3 +265,29 @@ async def test_a_long_path_is_compared_over_both_lanes(party: Party, monkeypatch
     await eventually(lambda: seen)
     assert not any(isinstance(event, TcpFailed) or event.quic_burst_ms is None for event in seen)  # type: ignore[attr-defined]
     assert ben.ups
+
+
+async def test_a_tcp_port_that_is_taken_is_one_warning_and_no_end() -> None:
+    shown: list[Notice] = []
+
+    class Lines:
+        def show(self, notice: Notice) -> None:
+            shown.append(notice)
+
+        def progress(self, label: str, done: float, total: float, unit: str = "B") -> None: ...
+
+        def close(self) -> None: ...
+
+    other, ours = TcpLane(NodeKey.generate()), TcpLane(NodeKey.generate())
+    bound = await other.start([("127.0.0.1", 0)])
+    await listen_over_tcp(ours, bound, Lines())
+    assert not ours.listening
+    [notice] = shown
+    assert notice.kind == "warning"
+    assert f"TCP port {bound[0].rpartition(':')[2]}" in notice.text
+    assert "slower on a LAN" in notice.text
+    await other.close()
+    await listen_over_tcp(ours, bound, Lines())
+    assert ours.listening
+    assert len(shown) == 1
+    await ours.close()
