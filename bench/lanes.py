@@ -42,6 +42,8 @@ class Lane:
     open_ms: float
     echo_ms: float
     echo_p95_ms: float
+    cpu_ms: float
+    """Of the asking process alone, for one echo; what it costs whatever else the machine does."""
     throughput: float
 
 
@@ -56,11 +58,13 @@ async def measure(name: str, opener: Opener, trips: int, megabytes: int) -> Lane
         opens.append(time.perf_counter() - began)
         stream.abort()
     stream = await opener(ECHO)
+    busy = time.process_time()
     for _ in range(trips):
         began = time.perf_counter()
         await stream.write(bytes(ECHO_BYTES))
         await stream.read_exactly(ECHO_BYTES)
         echoes.append(time.perf_counter() - began)
+    busy = time.process_time() - busy
     stream.abort()
     stream = await opener(SINK)
     began = time.perf_counter()
@@ -75,6 +79,7 @@ async def measure(name: str, opener: Opener, trips: int, megabytes: int) -> Lane
         1e3 * statistics.median(opens),
         1e3 * statistics.median(echoes),
         1e3 * echoes[int(0.95 * trips)],
+        1e3 * busy / trips,
         megabytes / took,
     )
 
@@ -157,14 +162,14 @@ def main(arguments: Sequence[str]) -> int:
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         found = asyncio.run(dial(other.stdout.readline().strip(), options))
-    print("| lane | open and one trip ms | 8 KB echo ms | p95 | MB/s |\n|------|---|---|---|---|")
+    print("| lane | open and one trip ms | 8 KB echo ms | p95 | CPU ms | MB/s |\n|------|---|---|---|---|---|")
     for name in ("quic", "tcp"):
         lanes = [lane for lane in found if lane.name == name]
         row = [
             statistics.median(getattr(lane, what) for lane in lanes)
-            for what in ("open_ms", "echo_ms", "echo_p95_ms", "throughput")
+            for what in ("open_ms", "echo_ms", "echo_p95_ms", "cpu_ms", "throughput")
         ]
-        print(f"| {name} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:.0f} |")
+        print(f"| {name} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:.2f} | {row[4]:.0f} |")
     return 0
 
 

@@ -197,8 +197,7 @@ class BulkLanes:
     def _learn(self, link: Link, way: _Way, event: Event) -> None:
         way.choice.handle(event, self._clock.now())
         path: Path = "tcp" if way.choice.path == "tcp" else link.connection.path
-        if path != link.path:
-            log.info("bulk to %s goes over %s from now on: %s", link.peer, path, event)
+        log.info("bulk to %s goes over %s: %s", link.peer, path, event)
         link.path = path
         way.settled.set()
 
