@@ -122,14 +122,20 @@ def _node(state_dir: Path) -> Iterator[Finding]:
 
 def _ports() -> Iterator[Finding]:
     for flag, kind, port in (
-        ("--bind-port", socket.SOCK_DGRAM, BIND_PORT),
+        ("--bind-port, UDP", socket.SOCK_DGRAM, BIND_PORT),
+        ("--bind-port, TCP", socket.SOCK_STREAM, BIND_PORT),
         ("--api-port", socket.SOCK_STREAM, API_PORT),
     ):
         with socket.socket(socket.AF_INET, kind) as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                yield Finding("ports", "warning", f"port {port} is taken by another program", f"mesh up {flag} N")
+                yield Finding(
+                    "ports",
+                    "warning",
+                    f"port {port} is taken by another program",
+                    f"mesh up {flag.partition(',')[0]} N",
+                )
             else:
                 yield Finding("ports", "ok", f"{port} ({flag}) is free")
 

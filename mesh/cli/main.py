@@ -82,7 +82,7 @@ _plan_options = _options(
 )
 _net_options = _options(
     click.option("--join", multiple=True, metavar="TOKEN", help="Join the mesh that gave this invite."),
-    click.option("--bind-port", type=_port, metavar="N", help="UDP port other nodes reach. Default 7842."),
+    click.option("--bind-port", type=_port, metavar="N", help="UDP and TCP port other nodes reach. Default 7842."),
     click.option("--api-port", type=_port, metavar="N", help="Port of the API on this machine. Default 9337."),
     click.option("--name", metavar="NAME", help="What people call this machine. Default: its host name."),
     _state_dir,

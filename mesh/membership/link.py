@@ -44,6 +44,8 @@ class Link:
         """As they were in the Hello; changes travel as ``Facts``."""
         self.role = role
         self.since = since
+        self.path: Path = connection.path
+        """How bulk streams that are opened now reach the peer."""
         self._control = control
         self._on_message = on_message
         self._on_bulk = on_bulk
@@ -63,10 +65,6 @@ class Link:
         return f"<link to {self.peer}>"
 
     @property
-    def path(self) -> Path:
-        return self.connection.path
-
-    @property
     def address(self) -> str:
         return self.connection.address
 
@@ -81,7 +79,7 @@ class Link:
 
     def start(self) -> None:
         """Begin to carry messages."""
-        self.connection.on_stream = self._stream_opened
+        self.connection.on_stream = self.take_stream
         self._spawn(self._read())
         self._spawn(self._write())
 
@@ -102,18 +100,22 @@ class Link:
         """Everything queued so far was handed to the transport."""
         await self._idle.wait()
 
-    async def open_bulk(self, request: Open, timeout: float) -> Stream:
+    async def open_bulk(self, request: Open, timeout: float, *, begun: Stream | None = None) -> Stream:
         """Open a stream for ``request``.
+
+        Args:
+            begun: one over another lane, on which ``request`` has been said; None: open one on the connection.
 
         Raises:
             AdmissionError: the peer refused, with its code and message.
             TransportError: the connection broke, or no answer came in time.
         """
-        stream: Stream | None = None
+        stream = begun
         try:
             async with asyncio.timeout(timeout):
-                stream = await self.connection.open_stream()
-                await stream.write(encode(request))
+                if stream is None:
+                    stream = await self.connection.open_stream()
+                    await stream.write(encode(request))
                 reply = await read_frame(stream, open_reply_decoder, MAX_OPEN_FRAME)
         except (TimeoutError, EOFError, MeshError, asyncio.CancelledError) as error:
             if stream is not None:
@@ -129,6 +131,14 @@ class Link:
             stream.abort()
             raise AdmissionError(reply.message, code=reply.code)
         return stream
+
+    def take_stream(self, stream: Stream) -> None:
+        """The peer opened ``stream``: hear what for."""
+        if self._over or self._opening >= MAX_OPENING:
+            stream.abort()
+            return
+        self._opening += 1
+        self._spawn(self._receive_bulk(stream))
 
     def connection_closed(self, reason: str) -> None:
         """Nothing more will come. What has come is still heard: the last of it may be a good-bye."""
@@ -187,13 +197,6 @@ class Link:
         except MeshError as error:
             if not self.connection.closed:  # else the reader says so, once it has heard everything
                 self._break(error.message)
-
-    def _stream_opened(self, stream: Stream) -> None:
-        if self._over or self._opening >= MAX_OPENING:
-            stream.abort()
-            return
-        self._opening += 1
-        self._spawn(self._receive_bulk(stream))
 
     async def _receive_bulk(self, stream: Stream) -> None:
         try:

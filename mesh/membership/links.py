@@ -13,21 +13,25 @@ from mesh.errors import AdmissionError, TransportError
 from mesh.identity.grants import Roster, known_as, sign_revocation
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey, node_id
+from mesh.membership.bulk import BulkLanes
 from mesh.membership.dialer import Dialer
 from mesh.membership.door import Admitted, Choice, choose
 from mesh.membership.greeting import Greeter
 from mesh.membership.known import AddressBook
 from mesh.membership.link import Link
 from mesh.transport.lane import Connection, Lane, Stream
+from mesh.transport.tcp import TcpLane
 from mesh.wire.facts import NodeFacts, NodeId
 from mesh.wire.messages import (
     Control,
     Hello,
     Join,
     Joined,
+    Knock,
     MemberAddress,
     Members,
     Open,
+    OpenProbe,
     Refused,
     Revocation,
     Revoke,
@@ -46,7 +50,7 @@ class Callbacks:
     Attributes:
         on_up: a member is connected: its id, its facts, its connection.
         on_down: it no longer is, and why. Comes before a second ``on_up`` of the same member.
-        on_message: a control message, in the order sent. ``Members`` and ``Revoke`` are dealt with before.
+        on_message: a control message, in the order sent. ``Members``, ``Revoke`` and ``Knock`` are dealt with before.
         on_bulk: a member opened a stream; the handler answers ``Opened`` or ``OpenFailed`` itself.
         on_roster_changed: grants, revocations or addresses changed: save them.
         on_expelled: this node was revoked, or never was a member for the one who says so.
@@ -70,6 +74,7 @@ class Links:
         mesh_name: told to joiners.
         facts: of this node, as they are now.
         invites: None when this node lets nobody in.
+        tcp: the lane for bulk streams, if there is one beside ``lane``; its handlers are set here.
         random: uniform in [0, 1); spreads redials.
     """
 
@@ -85,6 +90,7 @@ class Links:
         members: tuple[MemberAddress, ...] = (),
         mesh_name: str = "mesh",
         invites: InviteBook | None = None,
+        tcp: TcpLane | None = None,
         random: Callable[[], float],
     ) -> None:
         self.roster = roster
@@ -96,6 +102,7 @@ class Links:
         self._links: dict[NodeId, Link] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self._bulk = BulkLanes(tcp, clock, self.link)
         self._greeter = Greeter(self, key, roster, clock, facts=facts, mesh_name=mesh_name, invites=invites)
         self._dialer = Dialer(
             lane,
@@ -154,7 +161,7 @@ class Links:
         link = self._links.get(peer)
         if link is None:
             raise TransportError(f"node {peer} is not connected", code="not-connected")
-        return await link.open_bulk(request, timeout)
+        return await self._bulk.open(link, request, timeout)
 
     def learn(self, member: MemberAddress) -> None:
         """``member`` may be reached at these addresses: try soon."""
@@ -195,8 +202,10 @@ class Links:
         self._links.clear()
         await self._dialer.close()
         await _flush(*links)
+        await self._bulk.close()
         for link in links:
             link.stop()
+            self._bulk.down(link, reason)
             link.connection.close(0, reason)
         for task in self._tasks:
             task.cancel()
@@ -252,7 +261,7 @@ class Links:
             verdict.role,
             since=self._clock.now(),
             on_message=self._received,
-            on_bulk=self._tell.on_bulk,
+            on_bulk=self._bulk_opened,
             on_broken=self._lose,
         )
         self._links[peer] = link
@@ -261,6 +270,7 @@ class Links:
         lasting = facts.role == "worker"
         changed = (lasting and self._meet(connection, facts)) or verdict.changed
         link.start()
+        self._bulk.up(link)
         link.send(Members(self._book.members, self.roster.grants))
         if changed:
             self._tell.on_roster_changed()
@@ -290,6 +300,7 @@ class Links:
         link.connection.close(0, reason)
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
+            self._bulk.down(link, reason)
             self._dialer.kick(link.peer)
             self._tell.on_down(link.peer, reason)
 
@@ -298,10 +309,18 @@ class Links:
             self._take_members(link, message)
         elif isinstance(message, Revoke):
             self._take_revocation(message.revocation, link.peer)
+        elif isinstance(message, Knock):
+            self._bulk.knocked(link, message)
         elif isinstance(message, Hello | Join):
             self._lose(link, "the peer introduced itself twice")
         else:
             self._tell.on_message(link.peer, message)
+
+    def _bulk_opened(self, peer: NodeId, request: Open, stream: Stream) -> None:
+        if isinstance(request, OpenProbe):
+            self._bulk.echo(stream)
+        else:
+            self._tell.on_bulk(peer, request, stream)
 
     def _take_members(self, link: Link, message: Members) -> None:
         wall = self._clock.wall()

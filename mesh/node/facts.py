@@ -27,6 +27,8 @@ class OwnFacts:
         addresses: tuple[str, ...],
         model: LocalModel | None,
         clock: Clock,
+        *,
+        tcp: bool = False,
     ) -> None:
         self._clock = clock
         self._devices: tuple[Device, ...] = ()
@@ -47,6 +49,7 @@ class OwnFacts:
             addresses=addresses,
             ctx_size=settings.ctx_size,
             parallel=settings.parallel,
+            tcp=tcp,
             split=settings.split,  # type: ignore[arg-type]  # checked with the settings
         )
 

@@ -41,6 +41,7 @@ from mesh.supervise.core import State
 from mesh.supervise.runner import EngineRunner, RpcEndpoint
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
+from mesh.transport.tcp import TcpLane
 from mesh.tunnel.host import HostTunnels
 from mesh.tunnel.member import HttpTunnel, WorkerTunnel
 from mesh.tunnel.push import PushTunnels
@@ -72,6 +73,7 @@ class Node:
 
     Args:
         endpoint: already listening; its ``on_connection`` must call :meth:`accept`.
+        tcp: for bulk streams; listening on the same port number, or dialing only.
         engine: None on a lite client.
         model: the one this node was started for, or None.
         addresses: where others may reach this node.
@@ -83,6 +85,7 @@ class Node:
         key: NodeKey,
         record: Record,
         endpoint: Endpoint,
+        tcp: TcpLane,
         addresses: tuple[str, ...],
         engine: Engine | None,
         model: LocalModel | None,
@@ -96,7 +99,7 @@ class Node:
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
         self._shelf = Shelf(model, engine, view, self._tell_facts)
-        self._own = OwnFacts(settings, key.id, engine, addresses, model, clock)
+        self._own = OwnFacts(settings, key.id, engine, addresses, model, clock, tcp=tcp.listening)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
         self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
@@ -119,6 +122,7 @@ class Node:
             members=record.members,
             mesh_name=record.name,
             invites=self.invites if settings.role == "worker" else None,
+            tcp=tcp,
             random=random.random,
         )
         self.proxy = Proxy(clock)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from mesh.clock import SystemClock
 from mesh.config import Settings
 from mesh.discovery.addresses import own_addresses
 from mesh.engine.cache import Engine
-from mesh.errors import StateError, UsageError
+from mesh.errors import StateError, TransportError, UsageError
 from mesh.identity.key import NodeKey
 from mesh.node.control import Control
 from mesh.node.node import Node
@@ -21,8 +22,10 @@ from mesh.node.statedir import this_process, write_running
 from mesh.notice import Notice, View
 from mesh.proxy.http import create_app
 from mesh.proxy.server import ApiServer
+from mesh.transport.address import split_address
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection
+from mesh.transport.tcp import TcpLane
 
 
 async def run(
@@ -48,12 +51,15 @@ async def run(
         endpoint = Endpoint(key, clock, on_connection=lambda connection: _let_in(door, connection))
         bound = await endpoint.start([(host, settings.bind_port) for host in settings.bind_host])
         stack.push_async_callback(endpoint.close)
+        tcp = TcpLane(key)
+        stack.push_async_callback(tcp.close)
+        await listen_over_tcp(tcp, bound, view)
         addresses = tuple(own_addresses(bound, settings.advertise))
         if record is None:
             record = found(key, settings.name, clock.wall())
             save_record(settings.state_dir, record)
             view.show(Notice("mesh", f'founded "{record.name}"', {"mesh": record.mesh}))
-        node = Node(settings, key, record, endpoint, addresses, engine, model, view, clock)
+        node = Node(settings, key, record, endpoint, tcp, addresses, engine, model, view, clock)
         ending = _Ending(stop)
         node.on_expelled = ending.expelled
         control = Control(node, clock, ending.told)
@@ -75,6 +81,15 @@ async def run(
         write_running(settings.state_dir, this_process(f"http://{api}", token))
         await stop.wait()
     ending.finish(settings.state_dir)
+
+
+async def listen_over_tcp(tcp: TcpLane, bound: Sequence[str], view: View) -> None:
+    """On the port number that QUIC has. Without it everything works, and a LAN is slower: that deserves a line."""
+    try:
+        await tcp.start([split_address(address) for address in bound])
+    except TransportError as error:
+        text = f"{error.message}: others reach this node over UDP only, which is slower on a LAN"
+        view.show(Notice("warning", text, {"remedy": error.remedy}))
 
 
 def _let_in(door: list[Node], connection: Connection) -> None:

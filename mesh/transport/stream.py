@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING
 
 from mesh.errors import TransportError
+from mesh.transport.received import Received, read_exactly
 
 if TYPE_CHECKING:
     from mesh.transport.connection import PeerConnection
@@ -34,7 +34,7 @@ class QuicStream:
     def __init__(self, connection: PeerConnection, stream_id: int) -> None:
         self._connection = connection
         self._id = stream_id
-        self._chunks: deque[bytes] = deque()
+        self._chunks = Received()
         self._delivered = 0
         self._finished = False  # the peer's half
         self._ended = False  # our half
@@ -45,11 +45,11 @@ class QuicStream:
 
     @property
     def closed(self) -> bool:
-        read_over = self._read_error is not None or (self._finished and not self._chunks)
+        read_over = self._read_error is not None or (self._finished and not self._chunks.size)
         return read_over and (self._ended or self._write_error is not None)
 
     async def read(self, limit: int = 65536) -> bytes:
-        while not self._chunks:
+        while not self._chunks.size:
             if self._read_error is not None:
                 raise TransportError(self._read_error, code="stream-reset")
             if self._finished:
@@ -61,24 +61,12 @@ class QuicStream:
                 await self._reader
             finally:
                 self._reader = None
-        data = self._take(limit)
+        data = self._chunks.take(limit)
         self._connection.consume(self._id, len(data))
         return data
 
     async def read_exactly(self, n: int) -> bytes:
-        if n <= 0:
-            return b""
-        data = await self.read(n)
-        if len(data) == n:
-            return data
-        parts, missing = [data], n - len(data)
-        while missing:
-            if not data:
-                raise EOFError(f"the stream ended after {n - missing} of {n} bytes")
-            data = await self.read(missing)
-            parts.append(data)
-            missing -= len(data)
-        return b"".join(parts)
+        return await read_exactly(self.read, n)
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         view = memoryview(data).cast("B")
@@ -129,7 +117,7 @@ class QuicStream:
             self._connection.consume(self._id, len(data))
             return
         if data:
-            self._chunks.append(data)
+            self._chunks.put(data)
         _wake(self._reader)
 
     def reset_by_peer(self, code: int) -> None:
@@ -177,8 +165,7 @@ class QuicStream:
             raise TransportError("our half of the stream has ended", code="stream-ended")
 
     def _fail_reading(self, reason: str) -> None:
-        unread = sum(map(len, self._chunks))
-        self._chunks.clear()
+        unread = self._chunks.clear()
         self._read_error = reason
         if unread:
             self._connection.consume(self._id, unread)
@@ -187,25 +174,6 @@ class QuicStream:
     def _fail_writing(self, reason: str) -> None:
         self._write_error = reason
         _wake(self._writer)
-
-    def _take(self, limit: int) -> bytes:
-        chunks = self._chunks
-        first = chunks[0]
-        if len(first) >= limit or len(chunks) == 1:
-            if len(first) <= limit:
-                return chunks.popleft()
-            chunks[0] = first[limit:]
-            return first[:limit]
-        parts: list[bytes] = []
-        room = limit
-        while chunks and room:
-            chunk = chunks.popleft()
-            if len(chunk) > room:
-                chunks.appendleft(chunk[room:])
-                chunk = chunk[:room]
-            parts.append(chunk)
-            room -= len(chunk)
-        return b"".join(parts)
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -102,6 +102,8 @@ class NodeFacts(Struct, frozen=True):
     split: Literal["auto", "always", "never"] = "auto"
     draining: bool = False
     """The node is about to leave: plan without it."""
+    tcp: bool = False
+    """The node takes bulk streams over TCP, on the port number of its QUIC links."""
 
 
 class RingMember(Struct, frozen=True):

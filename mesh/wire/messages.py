@@ -147,6 +147,12 @@ class Leaving(_Message, frozen=True, tag="leaving"):
     reason: Text = ""
 
 
+class Knock(_Message, frozen=True, tag="knock"):
+    """The sender is about to open a bulk stream over TCP, and will show the ticket with this SHA-256 there, once."""
+
+    digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
 # -- election and layout ---------------------------------------------------------------------------------------------
 
 
@@ -203,7 +209,7 @@ class EngineDown(_Message, frozen=True, tag="enginedown"):
 Door = Join | Joined | Hello | Refused
 Control = (
     Join | Joined | Hello | Refused
-    | Ping | Pong | PingReq | PingAck | Rumour | Facts | Members | Revoke | Leaving
+    | Ping | Pong | PingReq | PingAck | Rumour | Facts | Members | Revoke | Leaving | Knock
     | Propose | Accepted | Rejected | WorkerReady | LoadProgress | Serving | EngineDown
 )  # fmt: skip
 
@@ -234,6 +240,10 @@ class OpenHttp(_Message, frozen=True, tag="http"):
     epoch: Epoch
 
 
+class OpenProbe(_Message, frozen=True, tag="probe"):
+    """The receiver sends back what it gets: how fast is this lane?"""
+
+
 class Opened(_Message, frozen=True, tag="opened"):
     """The other end is connected; raw bytes follow."""
 
@@ -243,7 +253,7 @@ class OpenFailed(_Message, frozen=True, tag="openfailed"):
     message: Text
 
 
-Open = OpenControl | OpenRpc | OpenPush | OpenHttp
+Open = OpenControl | OpenRpc | OpenPush | OpenHttp | OpenProbe
 OpenReply = Opened | OpenFailed
 
 ModelName = Fingerprint | Name

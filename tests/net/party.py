@@ -7,20 +7,25 @@ import secrets
 from dataclasses import dataclass, field
 
 from mesh.clock import SystemClock
+from mesh.errors import TransportError
 from mesh.identity.grants import Roster, found_mesh, sign_grant
 from mesh.identity.invite import Invite, InviteBook, create_invite
 from mesh.identity.key import NodeKey
 from mesh.membership.links import Callbacks, Links
+from mesh.transport.address import split_address
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
+from mesh.transport.tcp import TcpLane
 from mesh.wire.facts import NodeFacts, NodeId, Role
 from mesh.wire.messages import Control, Grant, MemberAddress, Open, Refused
 
 
-def facts_of(key: NodeKey, name: str, role: Role = "worker", addresses: tuple[str, ...] = ()) -> NodeFacts:
+def facts_of(
+    key: NodeKey, name: str, role: Role = "worker", addresses: tuple[str, ...] = (), *, tcp: bool = False
+) -> NodeFacts:
     return NodeFacts(
         id=key.id, version=1, name=name, role=role, mesh_version="0", engine="", backend="cpu", devices=(),
-        budget_bytes=0, threads=1, models=(), wants="", addresses=addresses,
+        budget_bytes=0, threads=1, models=(), wants="", addresses=addresses, tcp=tcp,
     )  # fmt: skip
 
 
@@ -42,10 +47,21 @@ class Node:
     bulk: list[tuple[NodeId, Open, Stream]] = field(default_factory=list)
     expelled: list[Refused] = field(default_factory=list)
     saves: int = 0
+    listens_over_tcp: bool = True
 
     async def start(self, port: int = 0) -> Node:
-        self.endpoint = Endpoint(self.key, SystemClock(), on_connection=self._accept)
-        [self.address] = await self.endpoint.start([("127.0.0.1", port)])
+        self.tcp = TcpLane(self.key)
+        while True:
+            self.endpoint = Endpoint(self.key, SystemClock(), on_connection=self._accept)
+            [self.address] = await self.endpoint.start([("127.0.0.1", port)])
+            try:
+                if self.listens_over_tcp:
+                    await self.tcp.start([split_address(self.address)])
+                break
+            except TransportError:
+                if port:
+                    break
+                await self.endpoint.close()  # a free UDP port may be somebody's TCP port
         self.links = Links(
             self.endpoint,
             self.key,
@@ -59,10 +75,11 @@ class Node:
                 on_roster_changed=self._save,
                 on_expelled=lambda peer, refused: self.expelled.append(refused),
             ),
-            facts=lambda: facts_of(self.key, self.name, self.role, (self.address,)),
+            facts=lambda: facts_of(self.key, self.name, self.role, (self.address,), tcp=self.tcp.listening),
             members=self.members,
             mesh_name=self.mesh_name,
             invites=self.book,
+            tcp=self.tcp,
             random=lambda: 0.5,
         )
         self.links.start()
@@ -77,12 +94,14 @@ class Node:
     async def stop(self, reason: str = "the test is over") -> None:
         await self.links.close(reason)
         await self.endpoint.close()
+        await self.tcp.close()
 
     async def vanish(self) -> int:
         """Die without a word; returns the port that was used."""
         for udp in self.endpoint._sockets:
             port = int(udp.address[1])
             udp.close()
+        await self.tcp.close()
         await self.links.close("")
         await self.endpoint.close()
         return port
@@ -131,10 +150,12 @@ class Party:
         knows: tuple[Node, ...] = (),
         port: int = 0,
         grants: list[Grant] | None = None,
+        tcp: bool = True,
     ) -> Node:
         key = key or self.member_key(role)
         roster = Roster(self.founder.id, self.founder.public, self.grants if grants is None else grants)
         node = Node(name, key, roster, InviteBook(None), role=role, members=tuple(other.where() for other in knows))
+        node.listens_over_tcp = tcp
         self.nodes.append(node)
         return await node.start(port)
 

@@ -1,0 +1,240 @@
+"""Bulk streams to members, over whichever lane is better: the TCP lane beside the links, or the links' own QUIC.
+
+What is decided is decided in :mod:`mesh.transport.choice` and :mod:`mesh.membership.knocks`; here it is carried out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from mesh.clock import Clock
+from mesh.errors import MeshError
+from mesh.membership.knocks import Knocks
+from mesh.membership.link import Link
+from mesh.transport.choice import Event, LaneChoice, Measured, TcpFailed, is_near
+from mesh.transport.lane import Path, Stream
+from mesh.transport.tcp import TcpLane, digest_of, new_ticket
+from mesh.transport.tcpstream import TcpStream
+from mesh.wire.codec import encode
+from mesh.wire.facts import NodeId
+from mesh.wire.messages import Knock, Open, Opened, OpenProbe
+
+log = logging.getLogger(__name__)
+
+TCP_WITHIN_S = 1.0
+"""For a stream over TCP to be let in; then QUIC takes it."""
+SETTLE_WITHIN_S = 0.5
+"""How long a stream waits for the first trial of a fresh link: it may live for days on the lane it begins on."""
+KNOCK_WITHIN_S = 1.0
+"""A ticket may be shown before its knock has come: the two travel apart."""
+TRIAL_WITHIN_S = 3.0
+MAX_DIALS = 8
+"""To one peer at once: under what it takes of strangers from one address."""
+MAX_ECHOES = 32
+_PINGS = 4
+_PING_BYTES = 32
+_BURST_BYTES = 32 * 1024
+_ECHO_BYTES = 64 * 1024
+_ECHO_WITHIN_S = 10.0
+
+
+class BulkLanes:
+    """Opens and takes bulk streams.
+
+    Args:
+        tcp: None: all goes over QUIC. Its handlers are set here.
+        link_of: the link to a member, if there is one.
+    """
+
+    def __init__(self, tcp: TcpLane | None, clock: Clock, link_of: Callable[[NodeId], Link | None]) -> None:
+        self._tcp = tcp
+        self._clock = clock
+        self._link_of = link_of
+        self._knocks = Knocks()
+        self._awaited: dict[bytes, asyncio.Future[None]] = {}
+        self._ways: dict[NodeId, _Way] = {}
+        self._echoes: set[asyncio.Task[None]] = set()
+        if tcp is not None:
+            tcp.recognise = self._recognise
+            tcp.on_stream = self._arrived
+
+    # -- what the links tell -----------------------------------------------------------------------------------------
+
+    def up(self, link: Link) -> None:
+        """A member is connected: see whether it can be reached over TCP, too."""
+        if self._tcp is not None and link.facts.tcp:
+            way = self._ways[link.peer] = _Way(LaneChoice(self._clock.now()))
+            way.keeper = asyncio.get_running_loop().create_task(self._keep_choosing(self._tcp, link, way))
+
+    def down(self, link: Link, reason: str) -> None:
+        """The link is lost: nothing of that peer goes on."""
+        way = self._ways.pop(link.peer, None)
+        if way is not None:
+            way.end()
+        self._knocks.forget(link.peer)
+        if self._tcp is not None:
+            self._tcp.cut(link.peer, f"the link to {link.peer} is down: {reason}")
+
+    def knocked(self, link: Link, knock: Knock) -> None:
+        """A member is about to show a ticket."""
+        if self._knocks.expect(link.peer, knock.digest, self._clock.now()):
+            awaited = self._awaited.get(knock.digest)
+            if awaited is not None and not awaited.done():
+                awaited.set_result(None)
+
+    def echo(self, stream: Stream) -> None:
+        """A member tries out a lane: send back what comes, within bounds."""
+        if len(self._echoes) >= MAX_ECHOES:
+            stream.abort()
+            return
+        task = asyncio.get_running_loop().create_task(_echo(stream))
+        self._echoes.add(task)
+        task.add_done_callback(self._echoes.discard)
+
+    async def open(self, link: Link, request: Open, timeout: float) -> Stream:
+        """Open a stream for ``request`` over the lane that is better now; raises what :meth:`Link.open_bulk` does."""
+        began = self._clock.now()
+        way = self._ways.get(link.peer)
+        if way is not None and self._tcp is not None:
+            if not way.choice.tried:
+                await _wait_for(way.settled, min(timeout, SETTLE_WITHIN_S))
+            if way.choice.path == "tcp":
+                stream = await self._open_over_tcp(self._tcp, link, way, request)
+                if stream is not None:
+                    return await link.open_bulk(request, timeout - (self._clock.now() - began), begun=stream)
+        return await link.open_bulk(request, timeout - (self._clock.now() - began))
+
+    async def close(self) -> None:
+        """Stop every task. The lane is its owner's to close."""
+        tasks = [way.keeper for way in self._ways.values() if way.keeper is not None] + [*self._echoes]
+        self._ways.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- taking streams ----------------------------------------------------------------------------------------------
+
+    async def _recognise(self, ticket: bytes) -> NodeId | None:
+        digest = digest_of(ticket)
+        peer = self._knocks.claim(digest, self._clock.now())
+        if peer is None:
+            knock = self._awaited.setdefault(digest, asyncio.get_running_loop().create_future())
+            try:
+                await asyncio.wait({knock}, timeout=KNOCK_WITHIN_S)
+            finally:
+                self._awaited.pop(digest, None)
+            peer = self._knocks.claim(digest, self._clock.now())
+        return peer
+
+    def _arrived(self, peer: NodeId, stream: TcpStream) -> None:
+        link = self._link_of(peer)
+        if link is None:
+            stream.abort()
+        else:
+            link.take_stream(stream)
+
+    # -- opening and trying out --------------------------------------------------------------------------------------
+
+    async def _open_over_tcp(self, tcp: TcpLane, link: Link, way: _Way, request: Open) -> TcpStream | None:
+        try:
+            return await self._dial(tcp, link, way, request)
+        except MeshError as error:
+            log.info("bulk to %s goes over QUIC: %s", link.peer, error.message)
+            self._learn(link, way, TcpFailed())
+            way.kick.set()
+            return None
+
+    async def _dial(self, tcp: TcpLane, link: Link, way: _Way, request: Open) -> TcpStream:
+        async with way.gate:
+            ticket, digest = new_ticket()
+            link.send(Knock(digest))
+            return await tcp.dial(
+                link.address, expect=link.peer, ticket=ticket, opening=encode(request), timeout=TCP_WITHIN_S
+            )
+
+    async def _keep_choosing(self, tcp: TcpLane, link: Link, way: _Way) -> None:
+        while True:
+            pause = way.choice.next_timer() - self._clock.now()
+            if pause > 0:
+                way.kick.clear()
+                await _wait_for(way.kick, pause)
+                continue
+            self._learn(link, way, await self._try_out(tcp, link, way))
+
+    async def _try_out(self, tcp: TcpLane, link: Link, way: _Way) -> Event:
+        try:
+            async with asyncio.timeout(TRIAL_WITHIN_S):
+                stream = await self._dial(tcp, link, way, OpenProbe())
+                stream_rtt, burst = await self._measure(await link.open_bulk(OpenProbe(), TRIAL_WITHIN_S, begun=stream))
+        except (TimeoutError, EOFError, MeshError) as error:
+            log.info("%s cannot be reached over TCP at %s: %s", link.peer, link.address, error)
+            return TcpFailed()
+        if is_near(stream_rtt):
+            return Measured(stream_rtt, burst)
+        try:
+            async with asyncio.timeout(TRIAL_WITHIN_S):
+                _, quic_burst = await self._measure(await link.open_bulk(OpenProbe(), TRIAL_WITHIN_S))
+        except (TimeoutError, EOFError, MeshError):
+            return Measured(stream_rtt, burst)
+        return Measured(stream_rtt, burst, quic_burst)
+
+    async def _measure(self, stream: Stream) -> tuple[float, float]:
+        """Milliseconds: the shortest echo of a small packet, and that of a burst."""
+        try:
+            pings = [await self._time_echo(stream, _PING_BYTES) for _ in range(_PINGS)]
+            return min(pings), await self._time_echo(stream, _BURST_BYTES)
+        finally:
+            stream.abort()
+
+    async def _time_echo(self, stream: Stream, size: int) -> float:
+        began = self._clock.now()
+        await stream.write(bytes(size))
+        await stream.read_exactly(size)
+        return 1000 * (self._clock.now() - began)
+
+    def _learn(self, link: Link, way: _Way, event: Event) -> None:
+        way.choice.handle(event, self._clock.now())
+        path: Path = "tcp" if way.choice.path == "tcp" else link.connection.path
+        log.info("bulk to %s goes over %s: %s", link.peer, path, event)
+        link.path = path
+        way.settled.set()
+
+
+class _Way:
+    """To one linked peer."""
+
+    def __init__(self, choice: LaneChoice) -> None:
+        self.choice = choice
+        self.settled = asyncio.Event()
+        self.kick = asyncio.Event()
+        self.gate = asyncio.Semaphore(MAX_DIALS)
+        self.keeper: asyncio.Task[None] | None = None
+
+    def end(self) -> None:
+        self.settled.set()
+        if self.keeper is not None:
+            self.keeper.cancel()
+
+
+async def _echo(stream: Stream) -> None:
+    left = _ECHO_BYTES
+    try:
+        async with asyncio.timeout(_ECHO_WITHIN_S):
+            await stream.write(encode(Opened()))
+            while left and (data := await stream.read(left)):
+                await stream.write(data)
+                left -= len(data)
+    except (TimeoutError, MeshError):
+        pass
+    finally:
+        stream.abort()
+
+
+async def _wait_for(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

@@ -1,0 +1,277 @@
+"""One stream over a TCP connection of its own: the kernel's flow control is the stream's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import struct
+import sys
+from collections.abc import Callable
+
+from mesh.errors import TransportError
+from mesh.transport.received import Received, read_exactly
+from mesh.transport.tls import TlsSession
+
+READ_BUFFER = 1 << 20
+"""Bytes that came and were not read, above which we take no more from the kernel."""
+STRANGER_READ_BUFFER = 16 * 1024
+WRITE_BUFFER = 512 * 1024
+"""Bytes the kernel has not taken yet, above which a writer waits."""
+_KEEP_ALIVE_S = 60
+_PIECE = 128 * 1024
+_CHUNK = 256 * 1024
+_LINGER_NONE = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+
+
+class TcpStream(asyncio.BufferedProtocol):
+    """See :class:`mesh.transport.lane.Stream`.
+
+    Args:
+        room: where asyncio puts what it receives; see :func:`receive_room`.
+        on_made: told when the socket is connected; it may abort the stream.
+    """
+
+    def __init__(
+        self, tls: TlsSession, room: memoryview, *, on_made: Callable[[TcpStream], None] = lambda stream: None
+    ) -> None:
+        self._tls = tls
+        self._room = room
+        self._on_made = on_made
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._received = Received()
+        self._most_unread = STRANGER_READ_BUFFER
+        self._paused = False
+        self._read_error: str | None = None
+        self._write_error: str | None = None
+        self._reader: asyncio.Future[None] | None = None
+        self._full = False
+        self._writer: asyncio.Future[None] | None = None
+        self.established: asyncio.Future[None] = self._loop.create_future()
+        """Done after the handshake; fails with ``TransportError``."""
+        self.on_gone: Callable[[], None] = lambda: None
+        """Called once the socket is closed, for whatever cause."""
+        self.gone = False
+
+    # -- the stream's face -------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        read_over = self._read_error is not None or (self._tls.peer_ended and not self._received.size)
+        return read_over and (self._tls.ended or self._write_error is not None)
+
+    async def read(self, limit: int = 65536) -> bytes:
+        received = self._received
+        while not received.size:
+            if self._read_error is not None:
+                raise TransportError(self._read_error, code="stream-reset")
+            if self._tls.peer_ended:
+                return b""
+            if self._reader is not None:
+                raise RuntimeError("two tasks read one stream")
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        data = received.take(limit)
+        if self._paused and received.size <= self._most_unread // 2:
+            self._resume()
+        return data
+
+    async def read_exactly(self, n: int) -> bytes:
+        return await read_exactly(self.read, n)
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            self._check_writable()
+            if self._full:
+                await self._room_again()
+                continue
+            self._tls.write(view[:_PIECE])
+            self._flush()
+            view = view[_PIECE:]
+        self._check_writable()
+
+    async def write_eof(self) -> None:
+        if self._tls.ended:
+            return
+        self._check_writable()
+        self._tls.end()
+        self._flush()
+        self._close_when_over()
+
+    def abort(self, code: int = 0) -> None:
+        if self._tls.ended and self._tls.peer_ended:
+            return
+        if not self._tls.peer_ended:
+            self._received.clear()
+        self.lose("the stream was aborted on this side")
+
+    # -- what the lane and the link do with it -----------------------------------------------------------------------
+
+    def lose(self, reason: str) -> None:
+        """Cut the connection now. What arrived before may still be read, a last word above all."""
+        self._fail(reason)
+        if self._transport is not None:
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):  # a reset: the other side learns it at once and keeps nothing
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+            self._transport.abort()
+
+    @property
+    def peer_key(self) -> bytes | None:
+        """Raw Ed25519 key of the side that listens, as seen by the side that dialed."""
+        return self._tls.peer_key
+
+    @property
+    def connected(self) -> bool:
+        """There was a socket, so that ``on_gone`` is called once it is closed."""
+        return self._transport is not None
+
+    @property
+    def source(self) -> str:
+        """The other side's IP address."""
+        name = None if self._transport is None else self._transport.get_extra_info("peername")
+        return str(name[0]) if name else ""
+
+    def trust(self) -> None:
+        """The peer is known: let it have as much on the way as a member may."""
+        self._most_unread = READ_BUFFER
+        if self._paused and self._received.size <= self._most_unread // 2:
+            self._resume()
+
+    # -- what asyncio calls ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(WRITE_BUFFER)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A ring may be idle for hours, and boxes in between forget connections that are.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_S)
+        if self._write_error is not None:
+            transport.abort()
+            return
+        self._on_made(self)
+        if self._write_error is None:
+            self._take(b"")
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._room
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._read_error is None and not self._tls.peer_ended:  # nothing can follow an end
+            self._take(self._room[:nbytes])
+
+    def eof_received(self) -> bool:
+        # A half ends with an alert. A bare end of the socket means that nobody is there any more: to write to, either.
+        if self._tls.ended and self._tls.peer_ended:
+            return False
+        self._fail("the peer is gone")
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone = True
+        self._fail(f"the connection broke: {exc}" if exc else "the connection is closed")
+        self.on_gone()
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        _wake(self._writer)
+
+    # -- within ------------------------------------------------------------------------------------------------------
+
+    def _take(self, ciphertext: bytes | memoryview) -> None:
+        tls = self._tls
+        try:
+            if len(ciphertext):
+                tls.feed(ciphertext)
+            if not tls.established:
+                if not tls.handshake():
+                    self._flush()
+                    return
+                self._flush()
+                if not self.established.done():
+                    self.established.set_result(None)
+            while data := tls.read():
+                self._received.put(data)
+        except ssl.SSLError as error:
+            self._flush()  # an alert that says what we did not like
+            self.lose(f"not what a mesh node sends: {error}")
+            return
+        if self._received.size > self._most_unread and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        if self._received.size or tls.peer_ended:
+            _wake(self._reader)
+            if tls.peer_ended:
+                self._close_when_over()
+
+    def _flush(self) -> None:
+        data = self._tls.to_send()
+        if data and self._transport is not None:
+            self._transport.write(data)
+
+    def _resume(self) -> None:
+        self._paused = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    async def _room_again(self) -> None:
+        if self._writer is not None:
+            raise RuntimeError("two tasks write one stream")
+        self._writer = self._loop.create_future()
+        try:
+            await self._writer
+        finally:
+            self._writer = None
+
+    def _close_when_over(self) -> None:
+        if self._tls.ended and self._tls.peer_ended and self._transport is not None:
+            self._transport.close()
+
+    def _check_writable(self) -> None:
+        if self._write_error is not None:
+            raise TransportError(self._write_error, code="stream-reset")
+        if self._tls.ended:
+            raise TransportError("our half of the stream has ended", code="stream-ended")
+
+    def _fail(self, reason: str) -> None:
+        if self._read_error is None and not self._tls.peer_ended:
+            self._read_error = reason
+        if self._write_error is None and not self._tls.ended:
+            self._write_error = reason
+        if not self.established.done():
+            self.established.set_exception(TransportError(reason, code="handshake"))
+            self.established.exception()  # seen: nobody may be waiting any more
+        _wake(self._reader)
+        _wake(self._writer)
+
+
+def receive_room() -> Callable[[], memoryview]:
+    """Where streams of one event loop receive.
+
+    Selector loops fill it and hand it over in one go, so that all streams can share one: 512 idle ones cost nothing.
+    A proactor holds on to it while it waits.
+    """
+    if sys.platform == "win32":
+        return lambda: memoryview(bytearray(_CHUNK // 4))
+    room = memoryview(bytearray(_CHUNK))
+    return lambda: room
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
