@@ -14,10 +14,10 @@ from mesh.engine.commands import Launch, llama_server_command, rpc_server_comman
 from tests.eventually import eventually
 from tests.fakes.delay import DelayedLink, delayed
 from tests.net.engine_kit import Process, ask, free_port, running
-from tests.net.test_engine_door import IDENTITY, SECRET, Client
+from tests.net.rpc_client import GET_TENSOR, HELLO, HELLO_ANSWER, SET_TENSOR, Client
+from tests.net.test_engine_door import IDENTITY, SECRET
 from tests.unit.test_engine_commands import IDS, layout
 
-ALLOC_BUFFER, BUFFER_GET_BASE, SET_TENSOR, GET_TENSOR, DEVICE_COUNT = 0, 3, 6, 8, 15
 PUSH_HELLO, PUSH_OPEN, PUSH_CONNECT, PUSH_SEND, PUSH_EXPECT = 19, 20, 21, 22, 23
 MIB = 1 << 20
 
@@ -124,7 +124,7 @@ class Server:
     async def client(self, generation: int = 0) -> Client:
         """The one client, admitted; it has opened ``generation`` unless that is 0."""
         client = Client(*await self._connect())
-        assert len(await client.ask(14, bytes(24))) == 28
+        assert len(await client.ask(HELLO, bytes(24))) == HELLO_ANSWER
         if generation:
             client.tell(PUSH_OPEN, struct.pack("<Q", generation))
         return client
@@ -165,9 +165,7 @@ class Memory:
 
     @classmethod
     async def of(cls, client: Client, size: int) -> Memory:
-        handle, _ = struct.unpack("<QQ", await client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, size)))
-        (base,) = struct.unpack("<Q", await client.ask(BUFFER_GET_BASE, struct.pack("<Q", handle)))
-        return cls(client, handle, base)
+        return cls(client, *await client.buffer(size))
 
     def request(self, number: int, size: int, channel: int = 0, at: int = 0) -> bytes:
         return struct.pack("<IQQQQ", channel, number, self.handle, self.base + at, size)

@@ -17,7 +17,6 @@ from mesh.engine.cache import Engine, find_engine
 from tests.eventually import eventually
 from tests.net.engine_kit import free_port, write_model
 from tests.net.push_kit import (
-    DEVICE_COUNT,
     MIB,
     PUSH_CONNECT,
     PUSH_EXPECT,
@@ -28,7 +27,8 @@ from tests.net.push_kit import (
     Server,
     rpc_server,
 )
-from tests.net.test_engine_door import SECRET, Client, closed
+from tests.net.rpc_client import DEVICE_COUNT, Client
+from tests.net.test_engine_door import SECRET, closed
 
 pytestmark = pytest.mark.engine
 
