@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -134,14 +135,30 @@ def _listening(node: MeshNode) -> list[tuple[str, int]]:
 
 def test_no_rpc_or_api_port_is_reached_from_another_machine(ring: Ring) -> None:
     for node in ring.nodes.values():
+        address = ring.lab.address(node.machine)
         ports = _listening(node)
         assert ports, "the API, at least"
-        assert {ip for ip, _ in ports} <= {"127.0.0.1", "::1"}
-        for _, port in ports:
+        assert {ip for ip, _ in ports} <= {"127.0.0.1", "::1", address}
+        outside = {port for ip, port in ports if ip == address}
+        assert outside <= {7842}, "only the mesh's own port, where nobody is heard without an announced ticket"
+        for port in {port for _, port in ports} - outside:
             with ring.lab.socket("e") as stranger:
                 stranger.settimeout(3)
                 with pytest.raises((ConnectionRefusedError, TimeoutError)):
-                    stranger.connect((ring.lab.address(node.machine), port))
+                    stranger.connect((address, port))
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(64)], ids=["nothing", "http", "zeros"])
+def test_a_stranger_at_the_bulk_port_hears_nothing_and_is_let_go(ring: Ring, said: bytes) -> None:
+    with ring.lab.socket("e") as stranger:
+        stranger.settimeout(20)
+        stranger.connect((ring.lab.address("a"), 7842))
+        stranger.sendall(said)
+        heard = b""
+        with contextlib.suppress(ConnectionError):
+            while chunk := stranger.recv(4096):
+                heard += chunk
+        assert len(heard) < 100, "an alert of TLS, at most"
 
 
 def _refused(ring: Ring, name: str, *, join: str | None, record: Path | None = None) -> str:
