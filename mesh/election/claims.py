@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mesh.membership.view import View
-from mesh.wire.facts import Epoch, NodeId
+from mesh.wire.facts import Epoch, Layout, NodeId
 from mesh.wire.messages import Propose, Serving
 
 
@@ -44,10 +44,15 @@ class Claims:
         serving = self.servings.get(propose.layout.host)
         return serving is not None and serving.epoch == propose.epoch
 
-    def running(self, view: View) -> Propose | None:
-        """The best layout that peers follow and that could go on: one that serves before one that does not."""
+    def running(self, view: View, broken: Layout | None) -> Propose | None:
+        """The best layout that peers follow and that could go on: one that serves before one that does not.
+
+        ``broken`` cannot, by whatever number some peer still knows it.
+        """
         told = [*self.follows.values(), *(p for p, _ in self.held.values())]
         able = [p for p in told if p.layout is not None and all(share.id in view for share in p.layout.ring)]
+        if broken is not None:
+            able = [p for p in able if p.layout is not None and p.layout.shape() != broken.shape()]
         return max(able, key=lambda p: (self.is_served(p), p.epoch), default=None)
 
     def oldest_held(self) -> float | None:

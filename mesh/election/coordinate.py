@@ -244,7 +244,7 @@ class Coordination:
     def _running(self, view: View) -> Propose | None:
         """What could go on as it is: ours, unless only another one serves."""
         mine = self._following.propose if self._following.is_intact(view) else None
-        other = self._claims.running(view)
+        other = self._claims.running(view, None if mine is not None else self._following.layout)
         if mine is None or (other is not None and self._claims.is_served(other) and self._following.api_key is None):
             return other or mine
         return mine

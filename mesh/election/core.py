@@ -205,6 +205,7 @@ class Election:
             case Accepted(epoch):
                 if epoch == self._following.epoch:
                     self._coordination.accepted.add(sender)
+                    self._claims.follows.pop(sender, None)
             case Rejected(epoch, newest):
                 self._rejected(sender, epoch, newest)
             case Serving():

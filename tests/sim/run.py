@@ -42,7 +42,7 @@ def main() -> int:
                 outcomes.append(result)
                 continue
             failed.append(seed)
-            print(f"seed {seed} FAILED  {result}\n     again: bin/sim --start {seed} --seeds 1 --trace")
+            print(f"seed {seed} FAILED  {result}\n     again: bin/sim --start {seed} --seeds 1 --trace", flush=True)
     took = time.monotonic() - began
     agreed = [o.converged_after_s for o in outcomes]
     seen = [s for o in outcomes for s in o.detected_s]

@@ -646,6 +646,14 @@ def test_whoever_did_not_follow_what_is_lifted_starts_it() -> None:
     assert [e.lifts for e in effects if isinstance(e, Adopt)] == [NO_EPOCH]
 
 
+def test_a_broken_layout_is_not_taken_for_running_because_somebody_knows_it_by_an_older_number() -> None:
+    told = Told(0, 1, 2, seen=4)
+    told.hear(1, propose(5, 1, 0, 1))
+    told.hear(2, propose(4, 1, 0, 1))
+    effects = told.hear(1, EngineDown(Epoch(5, B), "segfault"))
+    assert [e.lifts for e in effects if isinstance(e, Adopt)] == [NO_EPOCH]
+
+
 def test_of_two_layouts_the_coordinators_own_goes_on_under_a_higher_number() -> None:
     told = serving(0, 1)
     told.join(facts_of(2, layers=2), facts_of(3, layers=2))
