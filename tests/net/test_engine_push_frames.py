@@ -184,7 +184,9 @@ async def test_what_comes_early_is_bounded(engine: Engine, model: Path) -> None:
             return held == last and held < 60 * MIB
 
         await eventually(stopped_taking, within=20)
-        assert held > 20 * MIB
+        assert (
+            held > 8 * MIB
+        )  # the rest is in the server, up to its bound, and in what the kernel buffers of both ends hold
         assert psutil.Process(server.process.handle.pid).memory_info().rss - before < 80 * MIB
         memory = await Memory.of(client, MIB)
         for n in range(100):

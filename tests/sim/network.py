@@ -74,6 +74,8 @@ class Network:
         self.nodes = nodes
         self.closed: set[tuple[str, str]] = set()
         """Directed paths nothing passes."""
+        self.slow: dict[tuple[str, str], float] = {}
+        """Seconds more that a directed path takes: a full queue somewhere."""
         self.link: dict[tuple[str, str], Link] = {}
         """(whose view, peer) -> the link it thinks is up."""
 
@@ -94,7 +96,7 @@ class Network:
         link = self.link.get((sender, receiver))
         if link is None:
             return
-        when = self.clock.now + self.latency()
+        when = self.clock.now + self.latency() + self.slow.get((sender, receiver), 0.0)
         if self.rng.random() < self.weather.rough:
             self.clock.at(when + self.rng.random() * 0.3, self._arrive, link, sender, receiver, message)
             if self.rng.random() < 0.5:

@@ -298,6 +298,7 @@ class Node:
             # The host's engine dies of a closed tunnel, once it learns of it.
             host = self.world.nodes[engine.layout.host]
             if self.is_running and self.world.network.is_open(self.id, host.id):
+                self._after(0.01, 0.1, self.accept_tunnel, engine.carries)  # it tries once more
                 self._after(0.02, 0.1, lambda e: host.fail_engine(e, "tunnel closed"), engine.carries)
 
     def _check_tunnels(self, peer: NodeId) -> None:

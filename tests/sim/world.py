@@ -192,7 +192,7 @@ class World:
         rng = self.rng
         node = self.nodes[rng.choice(list(self.nodes))]
         for_s = rng.choice([0.3, 1.0, 3.0, 6.0]) * (0.5 + rng.random())
-        match rng.randint(0, 9):
+        match rng.randint(0, 11):
             case 0 | 1:
                 self._crash(node, for_s)
             case 2:
@@ -216,6 +216,8 @@ class World:
                 self.note(f"{node.id[0]} leaves")
                 node.leave()
                 self.later(0.5 + for_s, self._restart, node)
+            case 10 | 11:
+                self._slow(node.id, rng.choice(list(self.nodes)), for_s)
             case 9 if node.is_awake:
                 self.note(f"{node.id[0]} drains")
                 node.drain()
@@ -247,6 +249,13 @@ class World:
                 self.network.set_path(a, b, False)
                 self.clock.after(for_s, self.network.set_path, a, b, True)
 
+    def _slow(self, a: NodeId, b: NodeId, for_s: float) -> None:
+        extra = self.rng.choice([0.3, 0.6, 1.0])
+        self.note(f"{extra} s more from {a[0]} to {b[0]}")
+        self._trouble([a, b], for_s)
+        self.network.slow[(a, b)] = extra
+        self.clock.after(for_s, self.network.slow.pop, (a, b), None)
+
     def later(self, delay: float, do: Callable[..., None], *args: Any) -> None:
         """More misfortune to come, unless all is healed before."""
         self.clock.after(delay, lambda: None if self.is_healed else do(*args))
@@ -255,6 +264,7 @@ class World:
         self.note("all is healed")
         self.is_healed = True
         self.engine_failure = 0.0
+        self.network.slow.clear()
         for a, b in sorted(self.network.closed):
             self.network.set_path(a, b, True)
         for node in self.nodes.values():
