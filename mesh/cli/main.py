@@ -6,9 +6,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.exceptions import NoArgsIsHelpError
@@ -16,83 +15,9 @@ from click.exceptions import NoArgsIsHelpError
 from mesh import __version__
 from mesh.cli import output
 from mesh.cli.crash import internal_error
-from mesh.config import BACKENDS, SPLITS, WIRE_DTYPES, default_state_dir, load_settings, parse_duration, parse_size
+from mesh.cli.options import duration, json_option, net_options, no_node, not_empty, plan_options, state_dir_option
+from mesh.config import BACKENDS, WIRE_DTYPES, default_state_dir, load_settings
 from mesh.errors import MeshError, UsageError
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    return None if value is None else _usage(parse_size, value)
-
-
-def _not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not value.strip():
-        raise click.BadParameter("it is empty; name a GGUF file, or a model in the models folder")
-    return value
-
-
-def _duration(_: click.Context, __: click.Parameter, value: str) -> float:
-    return float(_usage(parse_duration, value))
-
-
-def _usage(parse: Callable[[str], Any], value: str) -> Any:
-    try:
-        return parse(value)
-    except UsageError as error:
-        raise click.BadParameter(f"{error.message}; {error.remedy}") from error
-
-
-_state_dir = click.option(
-    "--state-dir", type=click.Path(path_type=Path), metavar="DIR",
-    help="Where the node keeps its key, grants and logs. Give each node on one machine its own.",
-)  # fmt: skip
-_no_node = click.option(
-    "--state-dir", expose_value=False, metavar="DIR", help="Taken by every command; this one needs no node."
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-_port = click.IntRange(0, 65535)
-_positive = click.IntRange(min=1)
-
-
-def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    def apply(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-_plan_options = _options(
-    click.option(
-        "--model",
-        callback=_not_empty,
-        metavar="PATH|NAME",
-        help="A GGUF file, or the name of one in the models folder.",
-    ),
-    click.option("--max-memory", callback=_size, metavar="SIZE", help="Use at most this much memory, e.g. 12GB."),
-    click.option("--ctx-size", type=_positive, metavar="N", help="Context of one slot, tokens."),
-    click.option("--parallel", type=click.IntRange(1, 256), metavar="N", help="Requests answered at the same time."),
-    click.option("--split", type=click.Choice(SPLITS), help="Spread the model: when needed (auto), always, or never."),
-    click.option("--backend", type=click.Choice(BACKENDS), help="What computes. Default: the best that is built."),
-    click.option(
-        "--gpu-layers", type=click.IntRange(min=0), metavar="N", help="At most this many layers on this machine's GPU."
-    ),
-)
-_net_options = _options(
-    click.option("--join", multiple=True, metavar="TOKEN", help="Join the mesh that gave this invite."),
-    click.option("--bind-port", type=_port, metavar="N", help="UDP and TCP port other nodes reach. Default 7842."),
-    click.option("--api-port", type=_port, metavar="N", help="Port of the API on this machine. Default 9337."),
-    click.option("--name", metavar="NAME", help="What people call this machine. Default: its host name."),
-    _state_dir,
-    click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="TOML with any of these settings."),
-    click.option("--bind-host", multiple=True, metavar="ADDR", help="Listen only on this address. Repeatable."),
-    click.option("--advertise", multiple=True, metavar="HOST:PORT", help="An address others reach this node by."),
-    click.option("--no-discovery", is_flag=True, default=None, help="Send and answer no local announcements."),
-    click.option("--plain", is_flag=True, default=None, help="Plain lines even in a terminal."),
-    click.option("--json-logs", is_flag=True, default=None, help="One JSON object per line."),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -110,9 +35,9 @@ def cli() -> None:
 
 
 @cli.command()
-@_plan_options
+@plan_options
 @click.option("--demo", is_flag=True, default=None, help="Serve a tiny built-in model: try everything offline.")
-@_net_options
+@net_options
 @click.option(
     "--relay-only", is_flag=True, default=None, help="Carry traffic for others, compute nothing (not built yet)."
 )
@@ -141,7 +66,7 @@ def up(config: Path | None, **flags: Any) -> None:
 
 
 @cli.command()
-@_net_options
+@net_options
 def client(config: Path | None, **flags: Any) -> None:
     """Use a mesh from this machine without lending it.
 
@@ -165,7 +90,7 @@ def client(config: Path | None, **flags: Any) -> None:
     metavar="TIME",
     default="1h",
     show_default=True,
-    callback=_duration,
+    callback=duration,
     help="For how long: 90s, 10m, 1h or 7d.",
 )
 @click.option(
@@ -175,8 +100,8 @@ def client(config: Path | None, **flags: Any) -> None:
     show_default=True,
     help="Lend memory and compute, or use the mesh only.",
 )
-@_state_dir
-@_json
+@state_dir_option
+@json_option
 def invite(state_dir: Path | None, **arguments: Any) -> None:
     """Print a token that lets another machine in.
 
@@ -189,8 +114,8 @@ def invite(state_dir: Path | None, **arguments: Any) -> None:
 
 
 @cli.command()
-@_state_dir
-@_json
+@state_dir_option
+@json_option
 def status(state_dir: Path | None, as_json: bool) -> None:
     """Who is in, who carries which layers, and how it goes."""
     from mesh.cli import remote_commands
@@ -199,9 +124,9 @@ def status(state_dir: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@_plan_options
-@_state_dir
-@_json
+@plan_options
+@state_dir_option
+@json_option
 def plan(state_dir: Path | None, as_json: bool, **flags: Any) -> None:
     """Show who would carry what, before anything starts.
 
@@ -214,8 +139,8 @@ def plan(state_dir: Path | None, as_json: bool, **flags: Any) -> None:
 
 
 @cli.command()
-@_state_dir
-@_json
+@state_dir_option
+@json_option
 def doctor(state_dir: Path | None, as_json: bool) -> None:
     """Check this machine, with a remedy for each finding.
 
@@ -228,7 +153,7 @@ def doctor(state_dir: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("code")
-@_state_dir
+@state_dir_option
 def approve(code: str, state_dir: Path | None) -> None:
     """Let in a machine by the code that it shows (not built yet)."""
     from mesh.cli import remote_commands
@@ -238,8 +163,8 @@ def approve(code: str, state_dir: Path | None) -> None:
 
 @cli.command()
 @click.argument("node")
-@_state_dir
-@_json
+@state_dir_option
+@json_option
 def revoke(node: str, state_dir: Path | None, as_json: bool) -> None:
     """Throw NODE (a name or an id from `mesh status`) out, for good."""
     from mesh.cli import remote_commands
@@ -248,7 +173,7 @@ def revoke(node: str, state_dir: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@_state_dir
+@state_dir_option
 def leave(state_dir: Path | None) -> None:
     """Leave the mesh for good and stop; coming back takes a new invite."""
     from mesh.cli import remote_commands
@@ -257,7 +182,7 @@ def leave(state_dir: Path | None) -> None:
 
 
 @cli.command()
-@_state_dir
+@state_dir_option
 def down(state_dir: Path | None) -> None:
     """Stop this node; `mesh up` brings it back to the same mesh."""
     from mesh.cli import remote_commands
@@ -267,7 +192,7 @@ def down(state_dir: Path | None) -> None:
 
 @cli.command()
 @click.option("-f", "--follow", is_flag=True, help="Keep printing what comes.")
-@_state_dir
+@state_dir_option
 def logs(follow: bool, state_dir: Path | None) -> None:
     """Print the logs of this node and its engine."""
     from mesh.cli import local_commands
@@ -284,8 +209,8 @@ def engine() -> None:
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What it shall compute on."
 )
-@_no_node
-@_json
+@no_node
+@json_option
 def engine_build(backend: str, as_json: bool) -> None:
     """Fetch, patch and compile the engine, unless this user's cache has it."""
     from mesh.cli import local_commands
@@ -294,8 +219,8 @@ def engine_build(backend: str, as_json: bool) -> None:
 
 
 @engine.command("info")
-@_no_node
-@_json
+@no_node
+@json_option
 def engine_info(as_json: bool) -> None:
     """What is pinned, and what is built."""
     from mesh.cli import local_commands
@@ -309,8 +234,8 @@ def models() -> None:
 
 
 @models.command("list")
-@_no_node
-@_json
+@no_node
+@json_option
 def models_list(as_json: bool) -> None:
     """Models in the models folder."""
     from mesh.cli import model_commands
@@ -319,9 +244,9 @@ def models_list(as_json: bool) -> None:
 
 
 @models.command("inspect")
-@click.argument("model", metavar="PATH|NAME", callback=_not_empty)
-@_no_node
-@_json
+@click.argument("model", metavar="PATH|NAME", callback=not_empty)
+@no_node
+@json_option
 def models_inspect(model: str, as_json: bool) -> None:
     """What a model is, what it asks of memory, and its fingerprint."""
     from mesh.cli import model_commands
@@ -335,8 +260,8 @@ def models_inspect(model: str, as_json: bool) -> None:
 @click.option(
     "--shards", type=click.IntRange(1, 99), metavar="N", default=1, show_default=True, help="Write it in N files."
 )
-@_no_node
-@_json
+@no_node
+@json_option
 def models_demo(path: Path | None, preset: str, shards: int, as_json: bool) -> None:
     """Write a small seeded model, the same bytes on every machine.
 
@@ -354,8 +279,8 @@ def models_demo(path: Path | None, preset: str, shards: int, as_json: bool) -> N
 @click.option(
     "--runs", type=click.IntRange(1, 100), metavar="N", default=3, show_default=True, help="How often to measure."
 )
-@_state_dir
-@_json
+@state_dir_option
+@json_option
 def bench(state_dir: Path | None, **arguments: Any) -> None:
     """Measure the running mesh.
 

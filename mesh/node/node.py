@@ -105,26 +105,7 @@ class Node:
         self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
         self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
         self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
-        self.links = Links(
-            endpoint,
-            key,
-            record.roster(),
-            clock,
-            Callbacks(
-                on_up=self._link_up,
-                on_down=self._link_down,
-                on_message=self._received,
-                on_bulk=self._bulk_opened,
-                on_roster_changed=self.save,
-                on_expelled=self._expelled,
-            ),
-            facts=lambda: self.facts,
-            members=record.members,
-            mesh_name=record.name,
-            invites=self.invites if settings.role == "worker" else None,
-            tcp=tcp,
-            random=random.random,
-        )
+        self.links = self._make_links(endpoint, tcp)
         self.proxy = Proxy(clock)
         self._tunnels = HostTunnels(self.links.open_bulk)
         self._worker_tunnel = WorkerTunnel(self._rpc_endpoint, self._election.may_carry)
@@ -148,6 +129,28 @@ class Node:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self.on_expelled: Callable[[str], None] = lambda reason: None
+
+    def _make_links(self, endpoint: Endpoint, tcp: TcpLane) -> Links:
+        return Links(
+            endpoint,
+            self.key,
+            self.record.roster(),
+            self._clock,
+            Callbacks(
+                on_up=self._link_up,
+                on_down=self._link_down,
+                on_message=self._received,
+                on_bulk=self._bulk_opened,
+                on_roster_changed=self.save,
+                on_expelled=self._expelled,
+            ),
+            facts=lambda: self.facts,
+            members=self.record.members,
+            mesh_name=self.record.name,
+            invites=self.invites if self.settings.role == "worker" else None,
+            tcp=tcp,
+            random=random.random,
+        )
 
     # -- what others ask -----------------------------------------------------------------------------------------------
 
