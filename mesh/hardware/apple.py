@@ -1,6 +1,6 @@
 """Apple Silicon through ``sysctl``: one memory for all, of which the system gives the GPU a part.
 
-Written from recorded outputs; not run on such a machine by its tests.
+Written from the documented formats of its tools; never run on such a machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Devices as the machine shows them, on recorded and made-up machines."""
+"""Devices as the machine shows them, on made-up machines."""
 
 from __future__ import annotations
 
