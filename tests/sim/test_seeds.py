@@ -35,19 +35,6 @@ def test_a_seed_replays_exactly_also_in_another_process() -> None:
     assert again.stdout.splitlines() == story
 
 
-# Seeds that failed once, and the fault they found. A change of the world itself makes them other lives.
-KEPT = {
-    173: "a host gave up what it served for a stale word that nothing can run, and told nobody",
-    1119: "a coordinator followed another's word that nothing can run, and did not look again",
-    13343: "a client kept an old epoch: the proposer of the newest died before it had told everyone",
-}
-
-
-@pytest.mark.parametrize("seed", KEPT)
-def test_a_seed_that_failed_once_stays_mended(seed: int) -> None:
-    run_seed(seed)
-
-
 class FollowsOlder(Election):
     """Planted: any other epoch will do, be it older."""
 
