@@ -18,7 +18,7 @@ DIAL_TIMEOUT_S = 5.0
 STAGGER_S = 0.25
 """Between trying one address of a member and the next, while the first still may answer."""
 FIRST_RETRY_S = 0.25
-LAST_RETRY_S = 15.0
+LAST_RETRY_S = 3.0
 
 
 class Dialer:

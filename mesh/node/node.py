@@ -264,7 +264,8 @@ class Node:
         if isinstance(effect, membership.MemberLost):
             self._tunnels.drop(effect.node)
             self._pushes.drop(effect.node)
-            self.links.drop(effect.node, effect.reason)
+            if effect.reason != "restarted":  # then the link is the new process's already
+                self.links.drop(effect.node, effect.reason)
         if isinstance(effect, membership.MemberAlive | membership.MemberFacts):
             self._shelf.look_for(effect.facts.models)
         self._electing.feed(election.ViewChanged(seen))
