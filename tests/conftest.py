@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-# A shell starts what it puts in the background with SIGINT ignored, and that is inherited: without this, no Ctrl-C that a
-# test sends would reach the program it started.
+# A shell starts what it puts in the background with SIGINT ignored, and that is inherited: without this, no Ctrl-C that
+# a test sends would reach the program it started.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
