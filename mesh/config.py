@@ -114,8 +114,6 @@ class Settings:
             raise UsageError("--model and --demo each name a model", remedy="give one of them")
         if self.ctx_size < 0 or self.parallel < 0 or self.parallel > 256:
             raise UsageError("--ctx-size and --parallel must be positive (at most 256 parallel)")
-        if self.wire_dtype == "f16":
-            raise UsageError("--wire-dtype f16 needs an engine patch that is not built yet", remedy="leave it at f32")
         if self.relay_only:
             raise UsageError(
                 "--relay-only is not built yet", remedy="run a lite client there: mesh client --join TOKEN"

@@ -17,6 +17,7 @@ from mesh.errors import EngineError
 from mesh.wire.facts import Layout, NodeId, RingMember
 
 LOOPBACK = "127.0.0.1"
+_CPU_MICRO_BATCH, _GPU_MICRO_BATCH, _BATCH = 64, 256, 512
 _MAX_DEVICES = 15
 """The engine reads a split of fewer than 16 numbers."""
 # Anchored: a bare "output" is in every "attn_output", and sends each layer home and back.
@@ -45,6 +46,7 @@ def llama_server_command(
     gpu_layers: int | None = None,
     embeddings: bool = True,
     prompt_cache_mib: int = 0,
+    wire_dtype: str = "f32",
 ) -> Launch:
     """The host's server.
 
@@ -57,6 +59,7 @@ def llama_server_command(
         embeddings: answer ``/v1/embeddings`` too, by the mean over all tokens; costs ``512 * n_vocab * 4`` bytes.
         prompt_cache_mib: in solo mode, memory beyond the layout's for the caches of conversations that lost their slot;
             the engine's own default is 8 GB, which no layout counts.
+        wire_dtype: number format of activations between machines, ``f32`` or ``f16``, which rounds them.
 
     Raises:
         EngineError: the layout does not carry every layer exactly once, or names more devices than the engine takes, or
@@ -71,7 +74,8 @@ def llama_server_command(
     argv += ["-t", str(threads), "-c", str(context * layout.parallel), "-np", str(layout.parallel), "-fit", "off"]
     if embeddings:
         argv += ["--embeddings", "--pooling", "mean"]
-    env: dict[str, str] = {}
+    # Alone as in a ring, so that a conversation that moves from one to the other is computed by the same kernels.
+    env = {"MESH_MICRO_BATCH": str(micro_batch(layout))}
     if layout.workers:
         argv += split_arguments(layout, endpoints)
         # Prompts saved to host memory, and checkpoints, would drag the KV cache through the network. A mapped file
@@ -79,6 +83,8 @@ def llama_server_command(
         argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
         env["MESH_GGUF_ID"] = layout.model.fingerprint
         env["MESH_RPC_SECRET"] = _secret(rpc_secret)
+        if wire_dtype != "f32":
+            env["MESH_RPC_WIRE_DTYPE"] = wire_dtype
         if len(layout.workers) > 1:
             seats = zip(endpoints, layout.workers, strict=True)
             env["MESH_RPC_RING"] = ",".join(f"{endpoint}={worker.id}" for endpoint, worker in seats)
@@ -87,6 +93,17 @@ def llama_server_command(
     if api_key:
         env["LLAMA_API_KEY"] = api_key
     return Launch(tuple(argv), env)
+
+
+def micro_batch(layout: Layout) -> int:
+    """Tokens of a prompt that a member computes at a time, while the next computes those before.
+
+    A prompt of n tokens takes ``n / size + members - 1`` turns of one micro-batch: small ones fill the ring sooner. A
+    CPU is as fast with 64 tokens as with 512 (docs/benchmarks.md). A GPU wants more; how many was not measured.
+    """
+    if all(member.device == "CPU" for member in layout.ring):
+        return _CPU_MICRO_BATCH
+    return _GPU_MICRO_BATCH if layout.workers else _BATCH
 
 
 def solo_arguments(host: RingMember, gpu_layers: int | None = None) -> list[str]:

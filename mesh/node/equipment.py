@@ -18,6 +18,7 @@ class Equipment:
     Args:
         file: this node's copy of a model, or None.
         gpu_layers: at most so many layers on the GPU, solo; None for all.
+        wire_dtype: of activations, whenever this node is the host.
     """
 
     def __init__(
@@ -27,12 +28,14 @@ class Equipment:
         file: Callable[[Fingerprint], ModelFile | None],
         threads: int,
         gpu_layers: int | None,
+        wire_dtype: str = "f32",
     ) -> None:
         self._me = me
         self._engine = engine
         self._file = file
         self._threads = threads
         self._gpu_layers = gpu_layers
+        self._wire_dtype = wire_dtype
 
     def rpc_server(self, layout: Layout, port: int, secret: bytes, peers: Mapping[NodeId, str]) -> Launch:
         """This node's rpc-server, which reaches the worker after it as ``peers`` says.
@@ -70,6 +73,7 @@ class Equipment:
             rpc_secret=secret,
             api_key=api_key,
             gpu_layers=self._gpu_layers,
+            wire_dtype=self._wire_dtype,
         )
 
     def _equipment(self, layout: Layout) -> tuple[Engine, tuple[Path, ...]]:

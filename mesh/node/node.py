@@ -111,7 +111,8 @@ class Node:
         self._worker_tunnel = WorkerTunnel(self._rpc_endpoint, self._election.may_carry)
         self._pushes = PushTunnels(self.links.open_bulk, self._rpc_endpoint, self._election.may_push)
         self._http_tunnel = HttpTunnel(lambda epoch: self._runner.http_port(self._engine_epoch(epoch)))
-        equipment = Equipment(key.id, engine, self._shelf.file, self.facts.threads, settings.gpu_layers)
+        threads, gpu_layers = self.facts.threads, settings.gpu_layers
+        equipment = Equipment(key.id, engine, self._shelf.file, threads, gpu_layers, settings.wire_dtype)
         self._runner = EngineRunner(
             key.id,
             state_dir=settings.state_dir,

@@ -76,7 +76,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["up", "--backend", "abacus"], ["--backend", "vulkan"]),
         (["up", "--gpu-layers", "-3"], ["--gpu-layers"]),
         (["up", "--model", "x", "--demo"], ["--model and --demo"]),
-        (["up", "--wire-dtype", "f16"], ["not built yet", "f32"]),
+        (["up", "--wire-dtype", "bf16"], ["--wire-dtype", "f16"]),
         (["up", "--relay-only"], ["not built yet"]),
         (["up", "--name", "a\nb"], ["--name", "printable"]),
         (["up", "--advertise", "foo:x"], ["'foo:x' is not an address", "192.168.1.5:7842"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from mesh.engine.cache import Engine
 from mesh.engine.commands import (
     llama_server_command,
+    micro_batch,
     rpc_server_command,
     split_arguments,
 )
@@ -111,14 +113,30 @@ def test_a_split_takes_endpoints_in_ring_order_and_keeps_the_cache_where_it_is()
         "MESH_GGUF_ID": "f" * 64,
         "MESH_RPC_SECRET": SECRET.hex(),
         "MESH_RPC_RING": f"127.0.0.1:7000={IDS[1]},127.0.0.1:7001={IDS[2]}",
+        "MESH_MICRO_BATCH": "64",
     }
+
+
+def test_half_precision_on_the_wire_is_said_only_when_asked_for() -> None:
+    command = partial(llama_server_command, ENGINE, layout([1, 2]), Path("m.gguf"), 8000, ports(1), threads=4)
+    assert "MESH_RPC_WIRE_DTYPE" not in command(rpc_secret=SECRET).env
+    assert command(rpc_secret=SECRET, wire_dtype="f16").env["MESH_RPC_WIRE_DTYPE"] == "f16"
+
+
+def test_a_ring_with_a_gpu_computes_more_of_a_prompt_at_a_time() -> None:
+    slow, fast = layout([2, 2]), layout([2, 2], device="CUDA0")
+    assert micro_batch(slow) < micro_batch(fast) < micro_batch(layout([4], mode="solo", device="CUDA0"))
+
+
+def test_a_machine_alone_computes_prompts_as_a_ring_does() -> None:
+    assert micro_batch(layout([4], mode="solo")) == micro_batch(layout([1, 3]))
 
 
 def test_solo_knows_no_rpc() -> None:
     launch = llama_server_command(ENGINE, layout([4], mode="solo"), Path("m.gguf"), 8000, threads=4, api_key="k")
     assert not {"--rpc", "-ts", "-ot"} & set(launch.argv)
     assert argument(launch.argv, "-ngl") == "0"
-    assert launch.env == {"LLAMA_API_KEY": "k"}
+    assert launch.env == {"LLAMA_API_KEY": "k", "MESH_MICRO_BATCH": "64"}
 
 
 def test_secrets_stay_out_of_the_process_list() -> None:
