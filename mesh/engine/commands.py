@@ -81,6 +81,8 @@ def llama_server_command(
         # Prompts saved to host memory, and checkpoints, would drag the KV cache through the network. A mapped file
         # would be read in whole, the workers' layers included.
         argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
+        # The server sends two tokens around the ring before it serves, warm-up or not.
+        argv += ["--no-warmup"]
         env["MESH_GGUF_ID"] = layout.model.fingerprint
         env["MESH_RPC_SECRET"] = _secret(rpc_secret)
         if wire_dtype != "f32":
