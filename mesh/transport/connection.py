@@ -12,8 +12,9 @@ from mesh.clock import Clock
 from mesh.errors import AdmissionError, MeshError, TransportError
 from mesh.identity.key import node_id
 from mesh.transport.address import join_address
-from mesh.transport.lane import Path, Stream
-from mesh.transport.quic import PinnedQuic
+from mesh.transport.lane import Connection, Detour, Path, Stream
+from mesh.transport.quic import MAX_DATAGRAM, MIN_DATAGRAM, PinnedQuic
+from mesh.transport.router import Router
 from mesh.transport.stream import SEND_BUFFER, QuicStream
 from mesh.transport.udp import Addr, UdpSocket
 from mesh.wire.facts import NodeId
@@ -25,36 +26,25 @@ BAD_PEER = 0x100
 _MAX_REASON = 256
 
 
-class Router:
-    """What a connection needs of its endpoint; replaced whole by the endpoint."""
-
-    def learn_cid(self, cid: bytes, connection: PeerConnection) -> None:
-        raise NotImplementedError
-
-    def forget_cid(self, cid: bytes) -> None:
-        raise NotImplementedError
-
-    def ready(self, connection: PeerConnection) -> None:
-        """The handshake is done and the peer's key is known."""
-        raise NotImplementedError
-
-    def gone(self, connection: PeerConnection) -> None:
-        """Nothing will be sent or received any more."""
-        raise NotImplementedError
-
-
 class PeerConnection:
     """See :class:`mesh.transport.lane.Connection`."""
 
     def __init__(
-        self, quic: PinnedQuic, socket: UdpSocket, clock: Clock, router: Router, *, dialed: bool, expect: NodeId | None
+        self,
+        quic: PinnedQuic,
+        socket: UdpSocket | Detour,
+        clock: Clock,
+        router: Router,
+        *,
+        dialed: bool,
+        expect: NodeId | None,
     ) -> None:
         self.quic = quic
         self.socket = socket
+        """Where datagrams to addresses go; those to a :class:`Detour` take that."""
         self.dialed = dialed
         self.peer: NodeId = expect or ""
         self.peer_key = b""
-        self.path: Path = "quic"
         self.last_heard = clock.now()
         self.closed = False
         self.established = False
@@ -75,6 +65,10 @@ class PeerConnection:
         self._early_streams: list[QuicStream] = []
         self._openers: list[asyncio.Future[None]] = []
         self._close_told = False
+        self.on_datagram: Callable[[bytes], None] = lambda data: None
+        self.on_path: Callable[[], None] = lambda: None
+        if not isinstance(socket, UdpSocket):
+            quic.fit(MIN_DATAGRAM)
 
     def __repr__(self) -> str:
         return f"<connection {'to' if self.dialed else 'from'} {self.peer or '?'} at {self.address}>"
@@ -83,8 +77,14 @@ class PeerConnection:
 
     @property
     def address(self) -> str:
-        addr: Addr | None = self.quic.get_peer_address()
-        return join_address(addr[0], addr[1]) if addr else ""
+        addr: Addr | Detour | None = self.quic.get_peer_address()
+        if addr is None:
+            return ""
+        return join_address(addr[0], addr[1]) if isinstance(addr, tuple) else addr.address
+
+    @property
+    def path(self) -> Path:
+        return "quic" if isinstance(self.quic.get_peer_address(), tuple) else "relay"
 
     @property
     def rtt_ms(self) -> float | None:
@@ -132,6 +132,21 @@ class PeerConnection:
         self.transmit()
         self._finish(reason or "closed on this side")
 
+    def send_datagram(self, data: bytes) -> bool:
+        if self.closed or not self.established or not self.quic.may_send_datagram(len(data)):
+            return False
+        self.quic.send_datagram_frame(data)
+        self._schedule()
+        return True
+
+    def move(self, onto: Connection) -> None:
+        if not isinstance(onto, PeerConnection) or onto.peer_key != self.peer_key or self.closed:
+            return
+        self.socket = onto.socket
+        self.quic.move(onto.quic.get_peer_address())
+        self._path_changed()
+        self._schedule()
+
     def widen(self) -> None:
         """The peer was admitted: let it send as much at once as a member may."""
         self.quic.widen()
@@ -163,14 +178,17 @@ class PeerConnection:
 
     # -- called by the endpoint --------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, addr: Addr, now: float) -> bool:
+    def receive(self, data: bytes, addr: Addr | Detour, now: float) -> bool:
         """One datagram; call :meth:`process` after a batch of them. Returns whether it was the peer's own."""
         quic = self.quic
-        quic.receive_datagram(data, addr, now)
+        before = quic.get_peer_address()
+        quic.receive_from(data, addr, now)
         if not quic.heard:
             return False
         quic.heard = False
         self.last_heard = self._clock.now()
+        if before is not None and quic.get_peer_address() != before:
+            self._path_changed()
         return True
 
     @property
@@ -205,7 +223,8 @@ class PeerConnection:
         now = self._loop.time()
         datagrams = self.quic.datagrams_to_send(now)
         if datagrams:
-            self.socket.send(datagrams)
+            addr = datagrams[0][1]
+            (self.socket if isinstance(addr, tuple) else addr).send(datagrams)
         self._arm()
 
     def abandon(self, failure: MeshError) -> None:
@@ -215,6 +234,11 @@ class PeerConnection:
         self.close(0, failure.message)
 
     # -- within ------------------------------------------------------------------------------------------------------
+
+    def _path_changed(self) -> None:
+        self.quic.fit(MAX_DATAGRAM if self.path == "quic" else MIN_DATAGRAM)
+        if self.established and not self.closed:
+            self._loop.call_soon(self.on_path)
 
     def _schedule(self) -> None:
         if self._transmit_soon is None and not self._gone:
@@ -277,6 +301,9 @@ class PeerConnection:
             if stream is not None:
                 stream.stopped_by_peer(event.error_code)
                 self._settle(event.stream_id, stream)
+        elif isinstance(event, events.DatagramFrameReceived):
+            if self.established and not self.closed:
+                self.on_datagram(event.data)
         elif isinstance(event, events.HandshakeCompleted):
             self._handshake_done()
         elif isinstance(event, events.ConnectionIdIssued):

@@ -12,9 +12,11 @@ from mesh.clock import Clock
 from mesh.errors import MeshError, TransportError
 from mesh.identity.key import NodeKey
 from mesh.transport.address import join_address, split_address
-from mesh.transport.connection import PeerConnection, Router
+from mesh.transport.connection import PeerConnection
+from mesh.transport.lane import Detour
 from mesh.transport.quic import CID_LENGTH, PinnedQuic, configure
-from mesh.transport.udp import Addr, Datagram, UdpSocket, bind
+from mesh.transport.router import Router
+from mesh.transport.udp import Addr, UdpSocket, bind
 from mesh.wire.facts import NodeId
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ MAX_HALF_OPEN = 256
 """Handshakes of strangers under way at once; beyond it their first packets are dropped, and they try again."""
 HANDSHAKE_DEADLINE_S = 5.0
 _MIN_INITIAL = 1200
+_STUN_BELOW = 4
+"""First bytes of STUN; QUIC's are 64 and above (RFC 9443)."""
 _VERSION_1 = b"\x00\x00\x00\x01"
 
 
@@ -46,6 +50,8 @@ class Endpoint(Router):
         self._half_open: dict[PeerConnection, asyncio.TimerHandle] = {}
         self._connections: dict[PeerConnection, None] = {}
         self._closed = False
+        self.on_stun: Callable[[bytes, str, int], None] = lambda data, host, port: None
+        """Told of each datagram that is STUN by its first byte (RFC 9443), with who sent it; it is anybody's."""
 
     # -- the lane's face ---------------------------------------------------------------------------------------------
 
@@ -79,13 +85,35 @@ class Endpoint(Router):
     async def dial(self, address: str, *, expect: NodeId | None, timeout: float = 5.0) -> PeerConnection:
         try:
             async with asyncio.timeout(timeout):
-                return await self._dial(address, expect)
+                udp, target = await self._resolve(address)
+                return await self._dial(udp, target, expect)
         except TimeoutError as error:
             raise TransportError(
                 f"no answer from {address} within {timeout:g} s",
                 remedy="is the other machine's mesh up, and does its firewall let UDP through?",
                 code="no-answer",
             ) from error
+
+    async def dial_over(self, detour: Detour, *, expect: NodeId, timeout: float = 5.0) -> PeerConnection:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._dial(detour, detour, expect)
+        except TimeoutError as error:
+            raise TransportError(
+                f"no answer through {detour.address} within {timeout:g} s", code="no-answer"
+            ) from error
+
+    def receive_over(self, detour: Detour, data: bytes) -> None:
+        if not self._closed:
+            self._received(detour, [(data, detour)])
+
+    def send_stun(self, data: bytes, host: str, port: int) -> None:
+        """Send ``data`` from a socket that also listens, to a literal address; lost when there is none fit for it."""
+        family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
+        for udp in self._sockets:
+            if udp.family == family and _can_reach(udp, (host, port)):
+                udp.send([(data, (host, port))])
+                return
 
     async def close(self) -> None:
         self._closed = True
@@ -105,10 +133,9 @@ class Endpoint(Router):
 
     # -- dialing -----------------------------------------------------------------------------------------------------
 
-    async def _dial(self, address: str, expect: NodeId | None) -> PeerConnection:
-        udp, target = await self._resolve(address)
+    async def _dial(self, carrier: UdpSocket | Detour, target: Addr | Detour, expect: NodeId | None) -> PeerConnection:
         quic = PinnedQuic(self._as_client)
-        connection = PeerConnection(quic, udp, self._clock, self, dialed=True, expect=expect)
+        connection = PeerConnection(quic, carrier, self._clock, self, dialed=True, expect=expect)
         done = self._dials[connection] = asyncio.get_running_loop().create_future()
         self._connections[connection] = None
         self._routes[quic.host_cid] = connection
@@ -167,23 +194,26 @@ class Endpoint(Router):
 
     # -- receiving ---------------------------------------------------------------------------------------------------
 
-    def _received(self, udp: UdpSocket, batch: list[Datagram]) -> None:
+    def _received(self, carrier: UdpSocket | Detour, batch: Sequence[tuple[bytes, Addr | Detour]]) -> None:
         now = asyncio.get_running_loop().time()
         touched: dict[PeerConnection, None] = {}
         for data, addr in batch:
-            connection = self._route(udp, data)
+            connection = self._route(carrier, data)
             if connection is None:
+                if data and data[0] < _STUN_BELOW and isinstance(addr, tuple):
+                    self.on_stun(data, str(addr[0]), int(addr[1]))
                 continue
             try:
                 if connection.receive(data, addr, now):
-                    connection.socket = udp
+                    if isinstance(carrier, UdpSocket):
+                        connection.socket = carrier
                 elif connection in self._half_open and connection.is_blank:
                     connection.drop()  # noise that looked like a first packet
                     continue
                 touched[connection] = None
             except Exception:
                 # Whatever a peer can provoke costs that peer its connection, and nobody else theirs.
-                log.exception("a datagram from %s broke its connection", addr[0])
+                log.exception("a datagram from %s broke its connection", connection.address)
                 self._discard(connection)
                 touched.pop(connection, None)
         for connection in touched:
@@ -198,8 +228,8 @@ class Endpoint(Router):
             connection.close(1, "internal error")
         connection.drop()
 
-    def _route(self, udp: UdpSocket, data: bytes) -> PeerConnection | None:
-        if len(data) < 1 + CID_LENGTH or not data[0] & 0x40:  # not QUIC: STUN will be told apart here
+    def _route(self, carrier: UdpSocket | Detour, data: bytes) -> PeerConnection | None:
+        if len(data) < 1 + CID_LENGTH or not data[0] & 0x40:  # not QUIC
             return None
         if not data[0] & 0x80:
             return self._routes.get(data[1 : 1 + CID_LENGTH])
@@ -213,13 +243,13 @@ class Endpoint(Router):
         is_initial = not data[0] & 0x30 and data[1:5] == _VERSION_1
         if not is_initial or len(data) < _MIN_INITIAL or length < 8 or self._closed:
             return None
-        return self._admit_stranger(udp, cid)
+        return self._admit_stranger(carrier, cid)
 
-    def _admit_stranger(self, udp: UdpSocket, cid: bytes) -> PeerConnection | None:
+    def _admit_stranger(self, carrier: UdpSocket | Detour, cid: bytes) -> PeerConnection | None:
         if len(self._half_open) >= MAX_HALF_OPEN:
             return None
         quic = PinnedQuic(self._as_server, original_destination_cid=cid)
-        connection = PeerConnection(quic, udp, self._clock, self, dialed=False, expect=None)
+        connection = PeerConnection(quic, carrier, self._clock, self, dialed=False, expect=None)
         self._connections[connection] = None
         self._routes[cid] = self._routes[quic.host_cid] = connection
         self._half_open[connection] = asyncio.get_running_loop().call_later(

@@ -6,8 +6,8 @@ protocols only, and tests put an in-memory pair in their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol
 
 from mesh.wire.facts import NodeId
 
@@ -66,6 +66,10 @@ class Connection(Protocol):
     """Called for each stream the peer opens. Set it before the first ``await`` after receiving the connection."""
     on_close: Callable[[str], None]
     """Called once, with the reason, when the connection is over for whatever cause (``close`` included)."""
+    on_datagram: Callable[[bytes], None]
+    """Called for each datagram of the peer. They are dropped until it is set."""
+    on_path: Callable[[], None]
+    """Called when the peer is reached in another way than before: ``address`` or ``path`` changed."""
 
     @property
     def peer(self) -> NodeId: ...
@@ -76,7 +80,7 @@ class Connection(Protocol):
 
     @property
     def address(self) -> str:
-        """Where the peer is now, ``host:port``."""
+        """Where the peer is now, ``host:port``; ``relay:ID`` when it is reached through the member with that id."""
         ...
 
     @property
@@ -107,12 +111,33 @@ class Connection(Protocol):
         """
         ...
 
+    def send_datagram(self, data: bytes) -> bool:
+        """Send ``data``, at most 1202 bytes, once, unordered. False: it was dropped, as others may be on their way."""
+        ...
+
+    def move(self, onto: Connection) -> None:
+        """Go on over the path of ``onto``, another connection to the same peer; streams do not notice."""
+        ...
+
     def widen(self) -> None:
         """The peer was admitted: let it have as much on the way as a member may. Strangers get little."""
         ...
 
     def close(self, code: int = 0, reason: str = "") -> None:
         """End the connection and all its streams. Idempotent, never blocks."""
+        ...
+
+
+class Detour(Protocol):
+    """A way to one peer through a member, for the datagrams of a connection from end to end."""
+
+    @property
+    def address(self) -> str:
+        """``relay:`` and the member's id."""
+        ...
+
+    def send(self, datagrams: Iterable[tuple[bytes, Any]]) -> None:
+        """Send each once, at most 1200 bytes long; what cannot be sent is lost."""
         ...
 
 
@@ -134,6 +159,14 @@ class Lane(Protocol):
             TransportError: no answer, or not a mesh node.
             AdmissionError: another key than expected answered (code ``wrong-key``).
         """
+        ...
+
+    async def dial_over(self, detour: Detour, *, expect: NodeId, timeout: float = 5.0) -> Connection:
+        """As :meth:`dial`, through a member."""
+        ...
+
+    def receive_over(self, detour: Detour, data: bytes) -> None:
+        """A datagram came through a member: it is dealt with as if it had come to a socket."""
         ...
 
     async def close(self) -> None:

@@ -1,6 +1,6 @@
 """QUIC with pinned keys: the only place that touches what aioquic does not promise.
 
-aioquic's state machine is used as it is, with five changes, each guarded by ``tests/net/test_transport_contract.py``:
+aioquic's state machine is used as it is, with six changes, each guarded by ``tests/net/test_transport_contract.py``:
 
 - The server asks for a client certificate. aioquic verifies that the client holds the certificate's key, but accepts
   that there is none: :meth:`PinnedQuic.peer_public_key` is then None, and the caller must refuse.
@@ -9,6 +9,9 @@ aioquic's state machine is used as it is, with five changes, each guarded by ``t
   fill our memory while nobody reads.
 - Congestion control of ours (:mod:`mesh.transport.congestion`).
 - We learn at once that the peer closed; aioquic tells only after the draining period.
+- Either side may move: a client of aioquic takes nothing from an address it did not dial, but our listeners are laptops
+  too (:meth:`PinnedQuic.receive_from`), and a connection goes on over a better path when there is one
+  (:meth:`PinnedQuic.move`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 from aioquic import tls
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.connection import Limit, QuicConnection, QuicReceiveContext
+from aioquic.quic.connection import Limit, QuicConnection, QuicNetworkPath, QuicReceiveContext
 from aioquic.quic.packet import QuicFrameType, QuicProtocolVersion
 from aioquic.quic.packet_builder import QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
@@ -39,7 +42,14 @@ ALPN = "mesh/1"
 IDLE_TIMEOUT_S = 30.0
 MAX_DATAGRAM = 1232
 """Bytes. Fits IPv6 in the 1280-byte MTU that tunnels and VPNs leave at worst."""
+MIN_DATAGRAM = 1200
+"""Bytes of the largest datagram inside another connection's: what QUIC asks of every path."""
 CID_LENGTH = 8
+MAX_FRAME_DATA = MAX_DATAGRAM - 16 - (1 + CID_LENGTH + 2) - 3
+"""Bytes one DATAGRAM frame takes in a packet of its own: what is left by the tag, the packet's and the frame's header.
+It is two more than :data:`MIN_DATAGRAM`, so a whole datagram and a channel number cross a relay in one piece."""
+MAX_WAITING = 256
+"""DATAGRAM frames that wait for the congestion window; what comes then is lost, as datagrams may be."""
 STRANGER_WINDOW = 256 * 1024
 """Bytes a peer may have sent us unread, over all streams, before it is admitted."""
 STREAM_WINDOW = 2 * 1024 * 1024
@@ -57,6 +67,7 @@ def configure(certificate: x509.Certificate, key: Ed25519PrivateKey, *, is_clien
         max_data=STRANGER_WINDOW,
         max_stream_data=STRANGER_WINDOW,
         max_datagram_size=MAX_DATAGRAM,
+        max_datagram_frame_size=MAX_DATAGRAM,
         connection_id_length=CID_LENGTH,
         congestion_control_algorithm=CONGESTION,
         verify_mode=ssl.CERT_NONE,
@@ -116,6 +127,49 @@ class PinnedQuic(QuicConnection):
         except (UnsupportedAlgorithm, ValueError):
             return None
         return public.public_bytes(Encoding.Raw, PublicFormat.Raw) if isinstance(public, Ed25519PublicKey) else None
+
+    # -- paths -------------------------------------------------------------------------------------------------------
+
+    def fit(self, largest: int) -> None:
+        """Datagrams to the peer shall be at most so long from now on."""
+        self._max_datagram_size = largest
+
+    def move(self, addr: Any) -> None:
+        """The peer is at ``addr``, and was proven to be: send everything there from now on."""
+        paths = [path for path in self._network_paths if path.addr != addr]
+        del paths[1:]  # what was before the last path is history
+        self._network_paths = [QuicNetworkPath(addr, is_validated=True), *paths]
+
+    def receive_from(self, data: bytes, addr: Any, now: float) -> None:
+        """Take one datagram, also from where the peer was not before."""
+        if not self._is_client or self._network_paths[0].addr == addr:
+            self.receive_datagram(data, addr, now)
+            return
+        space = self._spaces.get(tls.Epoch.ONE_RTT)
+        before = -1 if space is None else space.largest_received_packet
+        self.receive_datagram(data, self._network_paths[0].addr, now)
+        if self._handshake_confirmed and space is not None and space.largest_received_packet > before:
+            self._follow(addr, len(data))
+
+    def _follow(self, addr: Any, received: int) -> None:
+        """The newest packet came from ``addr``: answer there, a little until it is proven that the peer hears it.
+
+        As a server does whose client moved (RFC 9000, section 9.3). Without proof the last path is taken up again.
+        """
+        path = next((path for path in self._network_paths if path.addr == addr), None) or QuicNetworkPath(addr)
+        path.bytes_received += received
+        others = [other for other in self._network_paths if other is not path]
+        self._network_paths = [path, *others[:2]]
+
+    def may_send_datagram(self, size: int) -> bool:
+        """Does the peer take DATAGRAM frames, and is there room for one more of ``size`` bytes?"""
+        return (
+            size <= MAX_FRAME_DATA
+            and (self._remote_max_datagram_frame_size or 0) > size + 3
+            and len(self._datagrams_pending) < MAX_WAITING
+        )
+
+    # -- streams -----------------------------------------------------------------------------------------------------
 
     def may_open_stream(self) -> bool:
         """Does the peer allow one more stream now? Touching one it does not allow ends the connection."""
