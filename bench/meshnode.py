@@ -57,7 +57,7 @@ class MeshNode:
         self.process: subprocess.Popen[Any] | None = None
         self._model, self._arguments = model, tuple(arguments)
         self._ports = ("--bind-port", str(bind_port), "--api-port", str(api_port))
-        self._env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        self._env = {**os.environ, "PYTHONPATH": str(ROOT), "MESH_STUN": "none", **(env or {})}
         self._output: IO[bytes] | None = None
         self._client: httpx.Client | None = None
 

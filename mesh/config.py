@@ -6,6 +6,7 @@ Precedence: flag, then ``--config`` file (same names, underscores), then the def
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import socket
 import tomllib
@@ -21,6 +22,16 @@ from mesh.errors import UsageError
 
 API_PORT = 9337
 BIND_PORT = 7842
+STUN_SERVERS = (
+    "stun.l.google.com:19302",
+    "stun.cloudflare.com:3478",
+    "stun.nextcloud.com:3478",
+    "stun.sipgate.net:3478",
+)
+"""Of four operators: two must say the same. Each learns our public address and that somebody there runs something."""
+STUN_VARIABLE = "MESH_STUN"
+"""Environment: servers with commas between them, or ``none``."""
+RELAY_RATE = 2_000_000
 BACKENDS = ("auto", "cpu", "cuda", "metal", "vulkan", "rocm", "sycl")
 SPLITS = ("auto", "always", "never")
 WIRE_DTYPES = ("f32", "f16")
@@ -94,6 +105,10 @@ class Settings:
     gpu_layers: int | None = None
     no_discovery: bool = False
     relay_only: bool = False
+    relay_rate: int = RELAY_RATE
+    """Bytes per second that this node carries between two others; 0: none."""
+    stun: tuple[str, ...] = STUN_SERVERS
+    """``HOST[:PORT]`` of servers that say where this node is seen; empty: nobody is asked."""
     wire_dtype: str = "f32"
     plain: bool = False
     json_logs: bool = False
@@ -114,10 +129,12 @@ class Settings:
             raise UsageError("--model and --demo each name a model", remedy="give one of them")
         if self.ctx_size < 0 or self.parallel < 0 or self.parallel > 256:
             raise UsageError("--ctx-size and --parallel must be positive (at most 256 parallel)")
-        if self.relay_only:
+        if self.relay_only and (self.model or self.demo):
             raise UsageError(
-                "--relay-only is not built yet", remedy="run a lite client there: mesh client --join TOKEN"
+                "--relay-only computes nothing, so it takes no model", remedy="leave out --model and --demo"
             )
+        if self.relay_rate < 0 or (self.relay_only and not self.relay_rate):
+            raise UsageError(f"relay_rate {self.relay_rate} is no rate to relay at", remedy='write it like "2MB"')
         if self.api_host not in ("127.0.0.1", "::1", "localhost") and self.api_key_file is None:
             raise UsageError(
                 f"api_host {self.api_host} opens the API to other machines", remedy="say who may: --api-key-file FILE"
@@ -137,6 +154,10 @@ def load_settings(flags: Mapping[str, Any], config: Path | None) -> Settings:
     """
     values = _read_config(config) if config is not None else {}
     values.update({name: value for name, value in flags.items() if value is not None and value != ()})
+    if "stun" not in values and STUN_VARIABLE in os.environ:
+        values["stun"] = os.environ[STUN_VARIABLE].replace(",", " ").split()
+    if values.get("stun") == ["none"]:
+        values["stun"] = ()
     try:
         return msgspec.convert(values, Settings, dec_hook=_path).checked()
     except msgspec.ValidationError as error:
@@ -169,17 +190,18 @@ def _read_config(path: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=1)
             remedy = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(sorted(known))}"
             raise UsageError(f'{path}: there is no setting "{written}"', remedy=remedy)
-        if name in ("join", "bind_host", "advertise") and isinstance(value, str):
+        if name in ("join", "bind_host", "advertise", "stun") and isinstance(value, str):
             value = [value]
-        values[name] = _size_in(path, value) if name == "max_memory" and isinstance(value, str) else value
+        is_size = name in ("max_memory", "relay_rate") and isinstance(value, str)
+        values[name] = _size_in(path, name, value) if is_size else value
     return values
 
 
-def _size_in(path: Path, text: str) -> int:
+def _size_in(path: Path, name: str, text: str) -> int:
     try:
         return parse_size(text)
     except UsageError as error:
-        raise UsageError(f"{path}: max_memory: {error.message}", remedy=error.remedy) from error
+        raise UsageError(f"{path}: {name}: {error.message}", remedy=error.remedy) from error
 
 
 def _path(kind: type, value: Any) -> Any:

@@ -38,9 +38,7 @@ def cli() -> None:
 @plan_options
 @click.option("--demo", is_flag=True, default=None, help="Serve a tiny built-in model: try everything offline.")
 @net_options
-@click.option(
-    "--relay-only", is_flag=True, default=None, help="Carry traffic for others, compute nothing (not built yet)."
-)
+@click.option("--relay-only", is_flag=True, default=None, help="Carry traffic for others, compute nothing.")
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Keys the API asks for, one per line."
 )

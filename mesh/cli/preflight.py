@@ -10,6 +10,7 @@ from mesh.errors import StateError, UsageError
 from mesh.identity.invite import Invite
 from mesh.models.inventory import Inventory
 from mesh.node.run import api_hosts, read_api_keys
+from mesh.node.whereabouts import STUN_PORT
 from mesh.transport.address import split_address
 from mesh.transport.udp import bind
 
@@ -26,6 +27,8 @@ def check(settings: Settings) -> None:
         Invite.decode(token)
     for address in settings.advertise:
         split_address(address, default_port=settings.bind_port or 1)
+    for server in settings.stun:
+        split_address(server, default_port=STUN_PORT)
     read_api_keys(settings.api_key_file)
     if settings.model is not None:
         Inventory().find(settings.model)

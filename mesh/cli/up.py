@@ -43,7 +43,8 @@ def run_node(settings: Settings) -> None:
             try:
                 check(settings)
                 record = asyncio.run(enter(settings, view))
-                engine, model = (None, None) if settings.role == "client" else _equip(settings, view)
+                computes = settings.role == "worker" and not settings.relay_only
+                engine, model = _equip(settings, view) if computes else (None, None)
                 asyncio.run(_until_stopped(settings, record, engine, model, view))
             except MeshError as error:
                 log.error("%s", error.message)

@@ -64,9 +64,17 @@ class BulkLanes:
 
     def up(self, link: Link) -> None:
         """A member is connected: see whether it can be reached over TCP, too."""
-        if self._tcp is not None and link.facts.tcp:
+        if self._tcp is not None and link.facts.tcp and link.connection.path != "relay":
             way = self._ways[link.peer] = _Way(LaneChoice(self._clock.now()))
             way.keeper = asyncio.get_running_loop().create_task(self._keep_choosing(self._tcp, link, way))
+
+    def moved(self, link: Link) -> None:
+        """The link goes another way than before: what was found out about lanes is history. Streams go on."""
+        way = self._ways.pop(link.peer, None)
+        if way is not None:
+            way.end()
+        link.path = link.connection.path
+        self.up(link)
 
     def down(self, link: Link, reason: str) -> None:
         """The link is lost: nothing of that peer goes on."""

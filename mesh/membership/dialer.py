@@ -1,24 +1,40 @@
-"""Keeps dialing the members that are not connected."""
+"""Keeps dialing the members that are not connected, and dials at once where an introduction says so."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 
 from mesh.errors import AdmissionError, MeshError
 from mesh.membership.known import AddressBook
 from mesh.membership.link import Link
-from mesh.transport.lane import Connection, Lane
+from mesh.transport.lane import Connection, Detour, Lane
 from mesh.wire.facts import NodeId
 
 log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 5.0
+PUNCH_TIMEOUT_S = 3.0
+"""For a dial that both sides begin at the same moment; five or so packets."""
 STAGGER_S = 0.25
 """Between trying one address of a member and the next, while the first still may answer."""
 FIRST_RETRY_S = 0.25
 LAST_RETRY_S = 3.0
+
+
+Reach = Callable[[], Awaitable[Connection]]
+"""One way to dial one member."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """Ways to one member: those to try one after the other, and those to try at once, as soon as they are named."""
+
+    waiting: list[Reach]
+    at_once: list[Reach] = field(default_factory=list)
+    more: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Dialer:
@@ -50,6 +66,8 @@ class Dialer:
         self._keepers: dict[NodeId, asyncio.Task[None]] = {}
         self._kicks: dict[NodeId, asyncio.Event] = {}
         self._dialing: dict[NodeId, asyncio.Task[Link | None]] = {}
+        self._attempts: dict[NodeId, _Attempt] = {}
+        self._punches: set[asyncio.Task[bool]] = set()
         self._closed = False
 
     def keep(self, peer: NodeId) -> None:
@@ -72,6 +90,26 @@ class Dialer:
         if keeper is not None:
             keeper.cancel()
 
+    def punch(self, peer: NodeId, addresses: Iterable[str]) -> None:
+        """Dial all of ``addresses`` now: ``peer`` was told to do the same. A relayed link moves to what answers."""
+        self._at_once(peer, [self._to(address, peer, PUNCH_TIMEOUT_S) for address in addresses])
+
+    def dial_over(self, peer: NodeId, detour: Detour) -> None:
+        """Dial ``peer`` through a member, now."""
+        self._at_once(peer, [lambda: self._lane.dial_over(detour, expect=peer, timeout=PUNCH_TIMEOUT_S)])
+
+    def _at_once(self, peer: NodeId, ways: list[Reach]) -> None:
+        if self._closed:
+            return
+        attempt = self._attempts.get(peer)
+        if attempt is not None:
+            attempt.at_once += ways
+            attempt.more.set()
+            return
+        punch = asyncio.get_running_loop().create_task(self._try(peer, _Attempt([], ways)))
+        self._punches.add(punch)
+        punch.add_done_callback(self._punches.discard)
+
     def is_dialing(self, peer: NodeId) -> bool:
         return peer in self._dialing
 
@@ -90,7 +128,7 @@ class Dialer:
     async def close(self) -> None:
         """Stop everything."""
         self._closed = True
-        tasks = [*self._keepers.values()]
+        tasks = [*self._keepers.values(), *self._punches]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -109,15 +147,26 @@ class Dialer:
                 await _wait_for(kick, delay * (0.5 + self._random()))
                 if self._is_linked(peer):
                     continue
-            if not await self._try(peer):
+            under_way = self._dialing.get(peer)
+            if under_way is not None:
+                await asyncio.wait({under_way})
+            elif not await self._try(peer, self._usual(peer)):
                 delay = min(max(delay * 2, FIRST_RETRY_S), LAST_RETRY_S)
 
-    async def _try(self, peer: NodeId) -> bool:
-        task = self._dialing[peer] = asyncio.get_running_loop().create_task(self._dial(peer))
+    def _usual(self, peer: NodeId) -> _Attempt:
+        return _Attempt([self._to(address, peer, DIAL_TIMEOUT_S) for address in self._book.addresses(peer)])
+
+    def _to(self, address: str, peer: NodeId, timeout: float) -> Reach:
+        return lambda: self._lane.dial(address, expect=peer, timeout=timeout)
+
+    async def _try(self, peer: NodeId, attempt: _Attempt) -> bool:
+        self._attempts[peer] = attempt
+        task = self._dialing[peer] = asyncio.get_running_loop().create_task(self._dial(attempt))
         try:
             await asyncio.wait({task})
         finally:
-            del self._dialing[peer]
+            if self._dialing.get(peer) is task:
+                del self._dialing[peer], self._attempts[peer]
             task.cancel()
         if task.cancelled():
             return False
@@ -129,19 +178,19 @@ class Dialer:
             return False
         return task.result() is not None
 
-    async def _dial(self, peer: NodeId) -> Link | None:
-        """Try the addresses one after the other, each with a head start, until one answers."""
-        waiting = list(self._book.addresses(peer))
+    async def _dial(self, attempt: _Attempt) -> Link | None:
+        """Try the usual addresses one after the other, each with a head start, until one answers."""
         dials: set[asyncio.Task[Connection]] = set()
         failures: list[MeshError] = []
         winner: Connection | None = None
         try:
-            while winner is None and (waiting or dials):
-                if waiting:
-                    dials.add(asyncio.get_running_loop().create_task(self._reach(waiting.pop(0), peer)))
-                done, dials = await asyncio.wait(
-                    dials, timeout=STAGGER_S if waiting else None, return_when=asyncio.FIRST_COMPLETED
-                )
+            while winner is None and (attempt.waiting or attempt.at_once or dials):
+                now, attempt.at_once = attempt.at_once, []
+                if attempt.waiting:
+                    now = [*now, attempt.waiting.pop(0)]
+                dials |= {asyncio.get_running_loop().create_task(_await(reach)) for reach in now}
+                done = await _first(dials, attempt, STAGGER_S if attempt.waiting else None)
+                dials -= done
                 for ended in done:
                     error = ended.exception()
                     if isinstance(error, MeshError):
@@ -162,8 +211,22 @@ class Dialer:
             raise failures[0]
         return None
 
-    async def _reach(self, address: str, peer: NodeId) -> Connection:
-        return await self._lane.dial(address, expect=peer, timeout=DIAL_TIMEOUT_S)
+
+async def _await(reach: Reach) -> Connection:
+    return await reach()
+
+
+async def _first(
+    dials: set[asyncio.Task[Connection]], attempt: _Attempt, timeout: float | None
+) -> set[asyncio.Task[Connection]]:
+    """Those of ``dials`` that ended, as soon as one has, or there is more to dial, or the time is up."""
+    more = asyncio.get_running_loop().create_task(attempt.more.wait())
+    try:
+        await asyncio.wait({*dials, more}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        more.cancel()
+    attempt.more.clear()
+    return {dial for dial in dials if dial.done()}
 
 
 def _close_late(dial: asyncio.Task[Connection]) -> None:

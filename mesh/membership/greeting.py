@@ -23,7 +23,7 @@ from mesh.transport.address import split_address
 from mesh.transport.lane import Connection, Stream
 from mesh.wire.codec import MAX_OPEN_FRAME, control_decoder, encode, open_decoder, read_frame
 from mesh.wire.facts import NodeFacts, NodeId
-from mesh.wire.messages import PROTOCOL, Hello, Join, Joined, MemberAddress, OpenControl, Refused
+from mesh.wire.messages import PROTOCOL, Hello, Join, Joined, MemberAddress, Move, OpenControl, Refused
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class House(Protocol):
     async def outcome_of_our_dial(self, peer: NodeId, timeout: float) -> None: ...
     def admit(self, connection: Connection, control: Stream, facts: NodeFacts, verdict: Admitted) -> Link: ...
     def is_linked(self, peer: NodeId) -> bool: ...
+    def is_relayed(self, peer: NodeId) -> bool: ...
+    def move(self, onto: Connection) -> None: ...
     def joined(self, answer: Joined) -> None: ...
     def address_list(self) -> Iterable[MemberAddress]: ...
 
@@ -130,6 +132,8 @@ class Greeter:
             await self._answer_join(connection, stream, message, source)
         elif isinstance(message, Hello):
             await self._answer_hello(connection, stream, message, source)
+        elif isinstance(message, Move) and known:
+            await self._answer_move(connection, stream)
         else:
             raise WireError(f"a stranger said {type(message).__name__}")
 
@@ -168,6 +172,14 @@ class Greeter:
         await stream.write(encode(self.hello()))
         self._house.admit(connection, stream, hello.facts, verdict)
 
+    async def _answer_move(self, connection: Connection, stream: Stream) -> None:
+        if not self._house.is_relayed(connection.peer) or connection.path == "relay":
+            await self._refuse(connection, stream, Refused("duplicate", "we are connected directly already"))
+            return
+        self._house.move(connection)
+        await stream.write(encode(Move()))
+        await _linger(connection, "moved")
+
     async def _refuse(self, connection: Connection, stream: Stream, refused: Refused) -> None:
         if refused.code != "duplicate":
             log.info("refused %s at %s: %s", connection.peer, connection.address, refused.message)
@@ -189,6 +201,12 @@ class Greeter:
             TransportError: no answer.
             WireError: nonsense instead.
         """
+        if self._house.is_relayed(connection.peer):
+            await self._ask_to_move(connection)
+            return None
+        if self._house.is_linked(connection.peer):
+            connection.close(0, "we are connected already")  # a Hello would replace the link there is
+            return None
         early: list[Stream] = []
         connection.on_stream = early.append  # the peer may open streams before its Hello reaches us
         connection.on_close = lambda reason: None
@@ -216,6 +234,22 @@ class Greeter:
         for one in early:
             connection.on_stream(one)
         return link
+
+    async def _ask_to_move(self, connection: Connection) -> None:
+        """The link there is goes on over this connection's path, with all its streams; this one was only to find it."""
+        try:
+            if connection.path == "relay":
+                return
+            async with asyncio.timeout(GREET_WITHIN_S):
+                stream = await connection.open_stream()
+                await stream.write(encode(OpenControl()) + encode(Move()))
+                answer = await read_frame(stream, control_decoder)
+            if isinstance(answer, Move) and self._house.is_relayed(connection.peer):
+                self._house.move(connection)
+        except (TimeoutError, EOFError) as error:
+            raise TransportError(f"{connection.address} did not answer Move: {error}", code="no-answer") from error
+        finally:
+            connection.close(0, "it has shown the way")
 
 
 async def _linger(connection: Connection, reason: str) -> None:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 8 * 1024 * 1024
 """Bytes of control messages that wait for one peer; a peer that lets more pile up is as good as gone."""
 OPEN_WITHIN_S = 5.0
+FLUSH_WITHIN_S = 0.5
 MAX_OPENING = 64
 """Streams whose first frame has not come yet."""
 
@@ -213,3 +214,12 @@ class Link:
         finally:
             self._opening -= 1
         self._on_bulk(self.peer, request, stream)
+
+
+async def flush(*links: Link) -> None:
+    """Wait a moment for last words to leave, before the links are closed on purpose."""
+    try:
+        async with asyncio.timeout(FLUSH_WITHIN_S):
+            await asyncio.gather(*(link.flushed() for link in links))
+    except TimeoutError:
+        pass

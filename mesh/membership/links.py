@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mesh.clock import Clock
@@ -14,18 +13,21 @@ from mesh.identity.grants import Roster, known_as, sign_revocation
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey, node_id
 from mesh.membership.bulk import BulkLanes
+from mesh.membership.callbacks import Callbacks as Callbacks
 from mesh.membership.dialer import Dialer
 from mesh.membership.door import Admitted, Choice, choose
 from mesh.membership.greeting import Greeter
 from mesh.membership.known import AddressBook
-from mesh.membership.link import Link
+from mesh.membership.link import Link, flush
+from mesh.membership.ways import Ways
 from mesh.transport.lane import Connection, Lane, Stream
 from mesh.transport.tcp import TcpLane
 from mesh.wire.facts import NodeFacts, NodeId
 from mesh.wire.messages import (
     Control,
-    Hello,
-    Join,
+    Crossing,
+    Door,
+    Facts,
     Joined,
     Knock,
     MemberAddress,
@@ -39,30 +41,6 @@ from mesh.wire.messages import (
 
 log = logging.getLogger(__name__)
 
-FLUSH_WITHIN_S = 0.5
-"""For last words before a link is closed on purpose."""
-
-
-@dataclass(frozen=True, slots=True)
-class Callbacks:
-    """What the owner of the links is told. None of these may block; each is called in the event loop.
-
-    Attributes:
-        on_up: a member is connected: its id, its facts, its connection.
-        on_down: it no longer is, and why. Comes before a second ``on_up`` of the same member.
-        on_message: a control message, in the order sent. ``Members``, ``Revoke`` and ``Knock`` are dealt with before.
-        on_bulk: a member opened a stream; the handler answers ``Opened`` or ``OpenFailed`` itself.
-        on_roster_changed: grants, revocations or addresses changed: save them.
-        on_expelled: this node was revoked, or never was a member for the one who says so.
-    """
-
-    on_up: Callable[[NodeId, NodeFacts, Connection], None]
-    on_down: Callable[[NodeId, str], None]
-    on_message: Callable[[NodeId, Control], None]
-    on_bulk: Callable[[NodeId, Open, Stream], None]
-    on_roster_changed: Callable[[], None] = lambda: None
-    on_expelled: Callable[[NodeId, Refused], None] = lambda peer, refused: None
-
 
 class Links:
     """Keeps the links of one node.
@@ -75,6 +53,7 @@ class Links:
         facts: of this node, as they are now.
         invites: None when this node lets nobody in.
         tcp: the lane for bulk streams, if there is one beside ``lane``; its handlers are set here.
+        relay_rate: bytes per second that this node carries between two others; 0: none.
         random: uniform in [0, 1); spreads redials.
     """
 
@@ -91,6 +70,7 @@ class Links:
         mesh_name: str = "mesh",
         invites: InviteBook | None = None,
         tcp: TcpLane | None = None,
+        relay_rate: int = 0,
         random: Callable[[], float],
     ) -> None:
         self.roster = roster
@@ -112,13 +92,25 @@ class Links:
             on_refused=self._refused,
             random=random,
         )
+        self.ways = Ways(
+            lane,
+            key.id,
+            clock,
+            self._links,
+            self._dialer,
+            is_member=self._is_granted,
+            on_moved=self._bulk.moved,
+            on_seen=callbacks.on_seen,
+            lose=self._lose,
+            relay_rate=relay_rate,
+        )
 
     # -- what the owner asks -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to dial the known members."""
         for member in self._book.members:
-            self._dialer.keep(member.id)
+            self._keep(member.id)
 
     def peers(self) -> Mapping[NodeId, Link]:
         """Members connected now."""
@@ -170,7 +162,7 @@ class Links:
         if self._book.hear(member):
             self._tell.on_roster_changed()
             self._dialer.kick(member.id)
-        self._dialer.keep(member.id)
+        self._keep(member.id)
 
     def drop(self, peer: NodeId, reason: str) -> None:
         """Close the link to ``peer``; it is dialed again while it stays a member."""
@@ -200,8 +192,9 @@ class Links:
         self._closed = True
         links = list(self._links.values())
         self._links.clear()
+        self.ways.close()
         await self._dialer.close()
-        await _flush(*links)
+        await flush(*links)
         await self._bulk.close()
         for link in links:
             link.stop()
@@ -238,6 +231,13 @@ class Links:
     def is_linked(self, peer: NodeId) -> bool:
         return peer in self._links
 
+    def is_relayed(self, peer: NodeId) -> bool:
+        link = self._links.get(peer)
+        return link is not None and link.connection.path == "relay"
+
+    def move(self, onto: Connection) -> None:
+        self._links[onto.peer].connection.move(onto)
+
     def joined(self, answer: Joined) -> None:
         self._tell.on_roster_changed()
         self.broadcast(Members((), answer.grants))
@@ -271,12 +271,13 @@ class Links:
         changed = (lasting and self._meet(connection, facts)) or verdict.changed
         link.start()
         self._bulk.up(link)
+        self.ways.up(link)
         link.send(Members(self._book.members, self.roster.grants))
         if changed:
             self._tell.on_roster_changed()
             self.broadcast(self._news_of(peer), but=peer)
         if lasting:
-            self._dialer.keep(peer)
+            self._keep(peer)
             self._dialer.kick(peer)
         self._tell.on_up(peer, facts, connection)
         return link
@@ -286,9 +287,14 @@ class Links:
     def _meet(self, connection: Connection, facts: NodeFacts) -> bool:
         # An address that we dialed works; one we were dialed from may be a NAT's, and goes last.
         # An IPv6 scope means something on this machine only.
-        seen = () if "%" in connection.address else (connection.address,)
+        seen = () if "%" in connection.address or connection.path == "relay" else (connection.address,)
         addresses = (*seen, *facts.addresses) if connection.dialed else (*facts.addresses, *seen)
         return self._book.meet(MemberAddress(connection.peer, facts.name, addresses))
+
+    def _keep(self, peer: NodeId) -> None:
+        self._dialer.keep(peer)
+        if peer not in self._links:
+            self.ways.wanted(peer)
 
     def _news_of(self, peer: NodeId) -> Members:
         members = tuple(member for member in self._book.members if member.id == peer)
@@ -301,7 +307,10 @@ class Links:
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
             self._bulk.down(link, reason)
+            self.ways.down(link)
             self._dialer.kick(link.peer)
+            if link.peer in self._book and not self._closed:
+                self.ways.wanted(link.peer)
             self._tell.on_down(link.peer, reason)
 
     def _received(self, link: Link, message: Control) -> None:
@@ -311,10 +320,23 @@ class Links:
             self._take_revocation(message.revocation, link.peer)
         elif isinstance(message, Knock):
             self._bulk.knocked(link, message)
-        elif isinstance(message, Hello | Join):
+        elif isinstance(message, Crossing):
+            self.ways.heard(link, message)
+        elif isinstance(message, Door):
             self._lose(link, "the peer introduced itself twice")
         else:
+            if isinstance(message, Facts):
+                self._take_facts(link, message.facts)
             self._tell.on_message(link.peer, message)
+
+    def _take_facts(self, link: Link, facts: NodeFacts) -> None:
+        """Members move: where one says it is now is where to dial it when its link is lost."""
+        where = MemberAddress(facts.id, facts.name, facts.addresses)
+        if facts.id == link.peer:
+            link.facts = facts
+        if facts.role == "worker" and facts.id in self._book and self._book.hear(where):
+            self._tell.on_roster_changed()
+            self._dialer.kick(facts.id)
 
     def _bulk_opened(self, peer: NodeId, request: Open, stream: Stream) -> None:
         if isinstance(request, OpenProbe):
@@ -328,7 +350,7 @@ class Links:
         for member in message.members:
             if member.id != self._key.id and self._is_granted(member.id) and self._book.hear(member):
                 changed = True
-                self._dialer.keep(member.id)
+                self._keep(member.id)
         if changed:
             self._tell.on_roster_changed()
             self.broadcast(message, but=link.peer)
@@ -344,6 +366,7 @@ class Links:
                 continue
             self._book.forget(subject)
             self._dialer.forget(subject)
+            self.ways.unwanted(subject)
             link = self._links.get(subject)
             if link is not None:
                 self._spawn(self._show_out(link))
@@ -351,7 +374,7 @@ class Links:
 
     async def _show_out(self, link: Link) -> None:
         """Let the revoked node read why, for a moment, then close."""
-        await _flush(link)
+        await flush(link)
         self._lose(link, "revoked")
 
     def _refused(self, peer: NodeId, error: AdmissionError) -> None:
@@ -368,11 +391,3 @@ class Links:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _flush(*links: Link) -> None:
-    try:
-        async with asyncio.timeout(FLUSH_WITHIN_S):
-            await asyncio.gather(*(link.flushed() for link in links))
-    except TimeoutError:
-        pass

@@ -50,6 +50,8 @@ class OwnFacts:
             ctx_size=settings.ctx_size,
             parallel=settings.parallel,
             tcp=tcp,
+            crosses=True,
+            relay_only=settings.relay_only,
             split=settings.split,  # type: ignore[arg-type]  # checked with the settings
         )
 
@@ -66,12 +68,19 @@ class OwnFacts:
         self._devices = found
         return True
 
+    def moved(self, addresses: tuple[str, ...]) -> None:
+        """This node is reached at ``addresses`` from now on."""
+        self._renew(addresses=addresses)
+
     def facts(self, models: tuple[ModelCost, ...]) -> NodeFacts:
         """The facts as they are now."""
         if models != self._facts.models or self._devices != self._facts.devices:
-            version = max(self._facts.version + 1, int(self._clock.wall() * 1000))
-            self._facts = msgspec.structs.replace(self._facts, version=version, models=models, devices=self._devices)
+            self._renew(models=models, devices=self._devices)
         return self._facts
+
+    def _renew(self, **changes: object) -> None:
+        version = max(self._facts.version + 1, int(self._clock.wall() * 1000))
+        self._facts = msgspec.structs.replace(self._facts, version=version, **changes)
 
 
 def _differ(before: tuple[Device, ...], after: tuple[Device, ...]) -> bool:

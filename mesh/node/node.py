@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import mesh.election.events as election
@@ -32,6 +32,7 @@ from mesh.node.prepare import LocalModel
 from mesh.node.record import Record, save_record
 from mesh.node.shelf import Shelf
 from mesh.node.status import Counts, build_status
+from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
 from mesh.proxy.ingress import Proxy
 from mesh.proxy.tcp import open_tcp
@@ -76,7 +77,7 @@ class Node:
         tcp: for bulk streams; listening on the same port number, or dialing only.
         engine: None on a lite client.
         model: the one this node was started for, or None.
-        addresses: where others may reach this node.
+        bound: ``host:port`` of the endpoint's sockets.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Node:
         record: Record,
         endpoint: Endpoint,
         tcp: TcpLane,
-        addresses: tuple[str, ...],
+        bound: Sequence[str],
         engine: Engine | None,
         model: LocalModel | None,
         view: View,
@@ -99,7 +100,8 @@ class Node:
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
         self._shelf = Shelf(model, engine, view, self._tell_facts)
-        self._own = OwnFacts(settings, key.id, engine, addresses, model, clock, tcp=tcp.listening)
+        self.whereabouts = Whereabouts(settings, endpoint, bound, clock, self._moved)
+        self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
         self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
@@ -144,12 +146,14 @@ class Node:
                 on_bulk=self._bulk_opened,
                 on_roster_changed=self.save,
                 on_expelled=self._expelled,
+                on_seen=self.whereabouts.member_sees,
             ),
             facts=lambda: self.facts,
             members=self.record.members,
             mesh_name=self.record.name,
             invites=self.invites if self.settings.role == "worker" else None,
             tcp=tcp,
+            relay_rate=self.settings.relay_rate if self.settings.role == "worker" else 0,
             random=random.random,
         )
 
@@ -203,6 +207,7 @@ class Node:
         self._members.feed(membership.FactsChanged(self.facts))
         self._electing.feed(election.ViewChanged(self._membership.view()))
         self.links.start()
+        self.whereabouts.start()
         self._spawn(self._refresh())
 
     async def stop(self, reason: str) -> None:
@@ -219,7 +224,7 @@ class Node:
             task.cancel()
         await asyncio.gather(
             self._shelf.close(), self.proxy.close(), self._runner.stop(), self.links.close(reason),
-            return_exceptions=True,
+            self.whereabouts.close(), return_exceptions=True,
         )  # fmt: skip
         self._http_tunnel.close()
 
@@ -237,6 +242,7 @@ class Node:
 
     def _link_down(self, peer: NodeId, reason: str) -> None:
         log.info("link to %s is down: %s", peer, reason)
+        self.whereabouts.member_gone(peer)
         if reason == REVOKED:
             self._members.feed(membership.Expelled(peer))
         self._members.feed(membership.LinkDown(peer, _cause(reason)))
@@ -364,6 +370,11 @@ class Node:
                 stream.abort()
 
     # -- itself --------------------------------------------------------------------------------------------------------
+
+    def _moved(self, addresses: tuple[str, ...]) -> None:
+        self._own.moved(addresses)
+        self._tell_facts()
+        self.links.ways.own_addresses_changed()
 
     def _tell_facts(self) -> None:
         self._members.feed(membership.FactsChanged(self.facts))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mesh.clock import SystemClock
 from mesh.config import Settings
-from mesh.discovery.addresses import own_addresses
 from mesh.engine.cache import Engine
 from mesh.errors import StateError, TransportError, UsageError
 from mesh.identity.key import NodeKey
@@ -54,12 +53,11 @@ async def run(
         tcp = TcpLane(key)
         stack.push_async_callback(tcp.close)
         await listen_over_tcp(tcp, bound, view)
-        addresses = tuple(own_addresses(bound, settings.advertise))
         if record is None:
             record = found(key, settings.name, clock.wall())
             save_record(settings.state_dir, record)
             view.show(Notice("mesh", f'founded "{record.name}"', {"mesh": record.mesh}))
-        node = Node(settings, key, record, endpoint, tcp, addresses, engine, model, view, clock)
+        node = Node(settings, key, record, endpoint, tcp, bound, engine, model, view, clock)
         ending = _Ending(stop)
         node.on_expelled = ending.expelled
         control = Control(node, clock, ending.told)

@@ -34,6 +34,8 @@ def candidates(
     for node in sorted(members, key=lambda m: m.id):
         if node.role == "client":
             excluded[node.id] = "is a lite client: it uses the mesh and carries nothing"
+        elif node.relay_only:
+            excluded[node.id] = "only relays (--relay-only): it carries other members' traffic, and no layers"
         elif node.draining:
             excluded[node.id] = "is about to leave"
         elif not node.engine:

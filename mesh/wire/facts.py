@@ -104,6 +104,10 @@ class NodeFacts(Struct, frozen=True):
     """The node is about to leave: plan without it."""
     tcp: bool = False
     """The node takes bulk streams over TCP, on the port number of its QUIC links."""
+    crosses: bool = False
+    """The node understands what is said to get across NATs: ``Seen``, ``Introduce`` and all that follows."""
+    relay_only: bool = False
+    """The node introduces and relays, and carries no layers."""
 
 
 class RingMember(Struct, frozen=True):

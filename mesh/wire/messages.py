@@ -78,6 +78,11 @@ class Hello(_Message, frozen=True, tag="hello"):
     facts: NodeFacts
 
 
+class Move(_Message, frozen=True, tag="move"):
+    """Instead of :class:`Hello`, by a member whose link is relayed: it shall go on over the path of this connection.
+    Answered with the same, once the answerer sends there; the connection itself has served its purpose then."""
+
+
 class Refused(_Message, frozen=True, tag="refused"):
     """The door stays shut; the connection closes after this."""
 
@@ -153,6 +158,51 @@ class Knock(_Message, frozen=True, tag="knock"):
     digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
+# -- across NATs -----------------------------------------------------------------------------------------------------
+
+LiteralAddress = Annotated[str, Meta(max_length=64)]
+
+
+class Seen(_Message, frozen=True, tag="seen"):
+    """The receiver's packets come from ``address``, as the sender sees it."""
+
+    address: LiteralAddress
+
+
+class Introduce(_Message, frozen=True, tag="introduce"):
+    """The sender cannot reach ``target``, and asks the receiver to tell both where the other is."""
+
+    target: NodeId
+
+
+class Meet(_Message, frozen=True, tag="meet"):
+    """Dial ``peer`` now: it is told the same. ``rtt_ms`` lies between it and the sender, who could relay."""
+
+    peer: NodeId
+    addresses: Annotated[tuple[LiteralAddress, ...], Meta(max_length=8)]
+    rtt_ms: Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class Carry(_Message, frozen=True, tag="carry"):
+    """The sender asks the receiver to carry datagrams between it and ``target``."""
+
+    target: NodeId
+
+
+class Carried(_Message, frozen=True, tag="carried"):
+    """Datagrams of the sender's link that begin with ``channel`` are between ``peer`` and the receiver."""
+
+    peer: NodeId
+    channel: Annotated[int, Meta(ge=0, lt=2**15)]
+
+
+class Apart(_Message, frozen=True, tag="apart"):
+    """The answer to ``Introduce`` or ``Carry`` that is a no."""
+
+    target: NodeId
+    code: Annotated[str, Meta(max_length=32)]
+
+
 # -- election and layout ---------------------------------------------------------------------------------------------
 
 
@@ -206,10 +256,12 @@ class EngineDown(_Message, frozen=True, tag="enginedown"):
     reason: Text
 
 
-Door = Join | Joined | Hello | Refused
+Door = Join | Joined | Hello | Move | Refused
+Crossing = Seen | Introduce | Meet | Carry | Carried | Apart
 Control = (
-    Join | Joined | Hello | Refused
+    Join | Joined | Hello | Move | Refused
     | Ping | Pong | PingReq | PingAck | Rumour | Facts | Members | Revoke | Leaving | Knock
+    | Seen | Introduce | Meet | Carry | Carried | Apart
     | Propose | Accepted | Rejected | WorkerReady | LoadProgress | Serving | EngineDown
 )  # fmt: skip
 

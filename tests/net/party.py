@@ -25,7 +25,7 @@ def facts_of(
 ) -> NodeFacts:
     return NodeFacts(
         id=key.id, version=1, name=name, role=role, mesh_version="0", engine="", backend="cpu", devices=(),
-        budget_bytes=0, threads=1, models=(), wants="", addresses=addresses, tcp=tcp,
+        budget_bytes=0, threads=1, models=(), wants="", addresses=addresses, tcp=tcp, crosses=True,
     )  # fmt: skip
 
 
@@ -47,7 +47,9 @@ class Node:
     bulk: list[tuple[NodeId, Open, Stream]] = field(default_factory=list)
     expelled: list[Refused] = field(default_factory=list)
     saves: int = 0
+    seen: list[tuple[NodeId, str]] = field(default_factory=list)
     listens_over_tcp: bool = True
+    relay_rate: int = 0
 
     async def start(self, port: int = 0) -> Node:
         self.tcp = TcpLane(self.key)
@@ -74,12 +76,14 @@ class Node:
                 on_bulk=lambda peer, request, stream: self.bulk.append((peer, request, stream)),
                 on_roster_changed=self._save,
                 on_expelled=lambda peer, refused: self.expelled.append(refused),
+                on_seen=lambda peer, address: self.seen.append((peer, address)),
             ),
             facts=lambda: facts_of(self.key, self.name, self.role, (self.address,), tcp=self.tcp.listening),
             members=self.members,
             mesh_name=self.mesh_name,
             invites=self.book,
             tcp=self.tcp,
+            relay_rate=self.relay_rate,
             random=lambda: 0.5,
         )
         self.links.start()
@@ -151,11 +155,13 @@ class Party:
         port: int = 0,
         grants: list[Grant] | None = None,
         tcp: bool = True,
+        relay_rate: int = 0,
     ) -> Node:
         key = key or self.member_key(role)
         roster = Roster(self.founder.id, self.founder.public, self.grants if grants is None else grants)
         node = Node(name, key, roster, InviteBook(None), role=role, members=tuple(other.where() for other in knows))
         node.listens_over_tcp = tcp
+        node.relay_rate = relay_rate
         self.nodes.append(node)
         return await node.start(port)
 

@@ -77,7 +77,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["up", "--gpu-layers", "-3"], ["--gpu-layers"]),
         (["up", "--model", "x", "--demo"], ["--model and --demo"]),
         (["up", "--wire-dtype", "bf16"], ["--wire-dtype", "f16"]),
-        (["up", "--relay-only"], ["not built yet"]),
+        (["up", "--relay-only", "--demo"], ["--relay-only computes nothing", "leave out"]),
         (["up", "--name", "a\nb"], ["--name", "printable"]),
         (["up", "--advertise", "foo:x"], ["'foo:x' is not an address", "192.168.1.5:7842"]),
         (["up", "--join", "hello"], ["not an invite token", "mesh invite"]),

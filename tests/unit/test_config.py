@@ -65,3 +65,27 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.toml"):
         load_settings({}, tmp_path / "none.toml")
+
+
+def test_stun_servers_come_from_the_file_then_the_environment_then_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text('stun = ["stun.example:3478"]\nrelay_rate = "500KB"\n')
+    monkeypatch.setenv("MESH_STUN", "one.example, two.example:1")
+    assert load_settings({}, file).stun == ("stun.example:3478",)
+    assert load_settings({}, file).relay_rate == 500_000
+    assert load_settings({}, None).stun == ("one.example", "two.example:1")
+    monkeypatch.setenv("MESH_STUN", "none")
+    assert load_settings({}, None).stun == ()
+    file.write_text('stun = "none"\n')
+    monkeypatch.delenv("MESH_STUN")
+    assert load_settings({}, file).stun == ()
+    assert len(load_settings({}, None).stun) >= 3
+
+
+def test_a_relay_takes_no_model_and_needs_a_rate() -> None:
+    assert load_settings({"relay_only": True}, None).relay_only
+    for wrong in ({"demo": True}, {"model": "x.gguf"}, {"relay_rate": 0}):
+        with pytest.raises(UsageError):
+            load_settings({"relay_only": True, **wrong}, None)
