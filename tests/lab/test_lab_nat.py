@@ -329,9 +329,23 @@ def test_homes_speak_ipv4_only_and_say_so() -> None:
         Lab(["a"], nat={"a": "full-cone"}, ipv6=True)
 
 
-def test_a_lab_without_homes_has_nowhere_to_move_to() -> None:
-    with lab_of("a b") as (lab, _):
-        switches: list[Callable[[str], object]] = [lab.move, lab.reboot_nat, lab.renumber, lab.nat_state]
+def test_in_a_lab_without_homes_addresses_change_too() -> None:
+    with lab_of("a b", ipv6=True) as (lab, at):
+        old = lab.address("a")
+        assert lab.move("a") != old
+        assert at.seen("a", "b") == (lab.address("a"), PORT)
+        assert not at.reaches("b", (old, PORT), "a")
+        six = lab.socket("a", socket.AF_INET6, socket.SOCK_DGRAM)
+        with six, lab.socket("b", socket.AF_INET6, socket.SOCK_DGRAM) as listener:
+            listener.bind(("::", PORT + 1))
+            listener.settimeout(2)
+            six.sendto(b"x", (lab.address("b", ipv6=True), PORT + 1))
+            assert listener.recvfrom(64)[1][0] == lab.address("a", ipv6=True)
+
+
+def test_what_is_not_behind_a_nat_has_none_to_reboot() -> None:
+    with lab_of("a b", nat={"b": "full-cone"}) as (lab, _):
+        switches: list[Callable[[str], object]] = [lab.reboot_nat, lab.renumber, lab.nat_state]
         for switch in switches:
-            with pytest.raises(LabError, match=r"NAT|nowhere"):
+            with pytest.raises(LabError, match="not behind a NAT"):
                 switch("a")
