@@ -303,17 +303,15 @@ class Lab:
     def move(self, node: str, to: str | None = None) -> str:
         """Take a machine with all that runs in it to another home, or onto the open internet; returns its new address.
 
-        The old address is gone at once. Links become those of the new place, except where :meth:`set_link` said
-        otherwise. ``to`` may be where it is: it gets another address there.
+        The old address is gone at once (an IPv6 one stays). Links become those of the new place, except where
+        :meth:`set_link` said otherwise. ``to`` may be where it is: it gets another address there.
         """
-        if not self._places.homes:
-            raise LabError("a lab without homes is one network: there is nowhere to move to")
         self._places.move(node, to)
-        address = self.address(node)
-        tun.readdress(self.namespace(node), self._interfaces(node))
-        self._send({"op": "move", "node": self.nodes.index(node), "address": address, "home": self._home(node)})
+        addresses = self._interfaces(node)
+        tun.readdress(self.namespace(node), addresses, gateway=bool(self._places.homes))
+        self._send({"op": "move", "node": self.nodes.index(node), "addresses": addresses, "home": self._home(node)})
         self._restore_links(node)
-        return address
+        return self.address(node)
 
     # -- what was carried ------------------------------------------------------------------------------------------
 

@@ -92,13 +92,13 @@ class Places:
         self._subnets = {
             name: home.subnet or f"192.168.{number}" for number, (name, home) in enumerate(self.homes.items(), 1)
         }
-        self._given: dict[str, int] = {}
-        self._outside = {name: self._fresh("11.77") for name in self.homes}
-        self._address = {node: self._fresh(self._network(node)) for node in self.nodes}
+        self._given: dict[str | None, int] = {}
+        self._outside = {name: self._fresh(None) for name in self.homes}
+        self._address = {node: self._fresh(self._home_of.get(node)) for node in self.nodes}
 
     def prefix_bits(self, node: str) -> int:
         """How long the network part of the machine's address is."""
-        return 16 if self._network(node) == "11.77" else 24
+        return 16 if self.homes and self._home_of.get(node) is None else 24
 
     def address(self, node: str) -> str:
         """The machine's own address, a private one behind a NAT."""
@@ -144,11 +144,11 @@ class Places:
         self._home_of.pop(node, None)
         if to is not None:
             self._home_of[node] = to
-        self._address[node] = self._fresh(self._network(node))
+        self._address[node] = self._fresh(self._home_of.get(node))
 
     def renumber(self, home: str) -> str:
         """Give the home's NAT a new outside address."""
-        self._outside[home] = self._fresh("11.77")
+        self._outside[home] = self._fresh(None)
         return self._outside[home]
 
     def default_link(self, a: str, b: str) -> Link | None:
@@ -169,21 +169,15 @@ class Places:
             for name, home in self.homes.items()
         ]
 
-    def _network(self, node: str) -> str:
-        home = self._home_of.get(node)
-        if home is not None:
-            return self._subnets[home]
-        return "11.77" if self.homes else "10.77.0"
-
-    def _fresh(self, network: str) -> str:
-        """An address that nobody had, so that what is sent to an old one finds nobody."""
+    def _fresh(self, home: str | None) -> str:
+        """An address that nobody had there, so that what is sent to an old one finds nobody."""
+        given = self._given[home] = self._given.get(home, -1) + 1
+        if home is None and self.homes:
+            return f"11.77.{given // _HOSTS_PER_NETWORK}.{given % _HOSTS_PER_NETWORK + 1}"
+        if given >= _HOSTS_PER_NETWORK:
+            raise LabError(f"no address left in {self._subnets.get(home or '', '10.77.0')}.0/24")
         # A home's first address is its router's.
-        given = self._given[network] = self._given.get(network, int(network in self._subnets.values())) + 1
-        if network.count(".") == 1:  # a /16; no number ends in 0 or 255
-            return f"{network}.{(given - 1) // _HOSTS_PER_NETWORK}.{(given - 1) % _HOSTS_PER_NETWORK + 1}"
-        if given > _HOSTS_PER_NETWORK + 3:
-            raise LabError(f"no address left in {network}.0/24")
-        return f"{network}.{given}"
+        return f"10.77.0.{given + 1}" if home is None else f"{self._subnets[home]}.{given + 2}"
 
 
 def as_link(link: str | Link) -> Link:

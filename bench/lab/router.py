@@ -183,7 +183,7 @@ class Keeper:
         if operation == "counters":
             return self._counters(bool(request.get("reset")))
         if operation == "move":
-            self._router.routes.place(request["node"], _packed([request["address"]]), request["home"])
+            self._router.routes.place(request["node"], _packed(request["addresses"]), request["home"])
             return {}
         if "home" in request:
             return self._nat(operation, self._router.routes.homes[request["home"]].nat, request)

@@ -85,9 +85,9 @@ def configure(namespace: str, addresses: list[str], mtu: int, *, gateway: bool) 
         _write(key, value)
 
 
-def readdress(namespace: str, addresses: list[str]) -> None:
-    """Give a device in use, one with a gateway, other addresses; what is bound to the old ones sends no more."""
-    script = [f"addr flush dev {DEVICE}", *_addressing(addresses, True)]
+def readdress(namespace: str, addresses: list[str], *, gateway: bool) -> None:
+    """Give a device in use other addresses; what is bound to the old ones sends no more."""
+    script = [f"addr flush dev {DEVICE}", *_addressing(addresses, gateway)]
     namespaces.run_ip("-n", namespace, "-batch", "-", script="\n".join(script) + "\n")
 
 
