@@ -3,7 +3,8 @@
 For each member without a link: give the ordinary dial a moment, then ask up to three members for an introduction. Each
 that reaches the other directly tells both sides at once where the other is, and both dial: their first packets open the
 NATs on the way. If that comes to nothing in time, the best of those members is asked to carry datagrams. A relayed link
-goes on asking for introductions, ever more slowly, and moves to a direct path when one is found.
+goes on asking for introductions, ever more slowly, and moves to a direct path when one is found. A link that falls
+silent, because a NAT forgot it or a machine moved, is given a new path in the same way.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ HEAD_START_S = 0.7
 """For the ordinary dial: on a LAN it needs a hundredth of that."""
 MEET_WITHIN_S = 2.5
 """From asking for an introduction to a link: a trip to the introducer and one on, then three packets."""
+MEET_AGAIN_WITHIN_S = 0.6
+"""For two that needed a relay before: the answers of the introducers, and hardly more."""
 CARRY_WITHIN_S = 1.5
 LINK_WITHIN_S = 4.0
 """From a channel to a link through it."""
@@ -58,6 +61,13 @@ class Linked:
 
 
 @dataclass(frozen=True, slots=True)
+class Silent:
+    """Nothing comes over the link to ``peer`` any more: its path may be broken, and the peer well."""
+
+    peer: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class Helper:
     """``node`` is linked directly, and may introduce and relay. Told again when ``rtt_ms`` has changed."""
 
@@ -91,7 +101,7 @@ class Tick:
     """The time that ``next_timer`` named has come."""
 
 
-Event = Wanted | Unwanted | Linked | Helper | HelperGone | Heard | Moved | Tick
+Event = Wanted | Unwanted | Linked | Silent | Helper | HelperGone | Heard | Moved | Tick
 
 
 # -- effects -----------------------------------------------------------------------------------------------------------
@@ -171,6 +181,8 @@ class Crossing:
                 self._dialed.pop(peer, None)
             case Linked(peer, relayed):
                 self._linked(peer, relayed, now)
+            case Silent(peer):
+                return self._silent(peer, now)
             case Helper():
                 return self._helper(event, now)
             case HelperGone(node):
@@ -195,12 +207,21 @@ class Crossing:
         if before is None:
             self._wants[peer] = _Want(Phase.WAITING, now + HEAD_START_S, FIRST_PAUSE_S)
             return []
-        if before.phase is not Phase.RELAYED:
+        return self._silent(peer, now) if before.phase is Phase.RELAYED else []
+
+    def _silent(self, peer: NodeId, now: float) -> list[Effect]:
+        want = self._wants.get(peer)
+        if want is None:
+            want = self._wants[peer] = _Want(Phase.WAITING, now, FIRST_PAUSE_S)
+            return self._seek(peer, want, now)
+        if want.phase is not Phase.RELAYED:
             return []
-        # Its relay is gone, most likely: the others are known, and a direct path was tried for long enough.
-        want = self._wants[peer] = _Want(Phase.MEETING, now, FIRST_PAUSE_S, vias=before.vias)
-        want.vias.pop(before.via, None)
-        return self._ask_relay(peer, want, now)
+        # Its relay is gone, most likely. A direct path was tried for long enough.
+        want.pause, want.asked = FIRST_PAUSE_S, set()
+        want.vias.pop(want.via, None)
+        if any(via in self._helpers for via in want.vias):
+            return self._ask_relay(peer, want, now)
+        return self._seek(peer, want, now, MEET_AGAIN_WITHIN_S)
 
     def _linked(self, peer: NodeId, relayed: bool, now: float) -> None:
         want = self._wants.get(peer)
@@ -280,12 +301,12 @@ class Crossing:
         able.sort(key=lambda helper: (not helper.relay_only, helper.rtt_ms, helper.node))
         return [Tell(helper.node, Introduce(peer)) for helper in able[:HELPERS]]
 
-    def _seek(self, peer: NodeId, want: _Want, now: float) -> list[Effect]:
+    def _seek(self, peer: NodeId, want: _Want, now: float, within: float = MEET_WITHIN_S) -> list[Effect]:
         asking = self._introductions(peer)
         if not asking:
             self._rest(want, now)
             return []
-        want.phase, want.due, want.via = Phase.MEETING, now + MEET_WITHIN_S, ""
+        want.phase, want.due, want.via = Phase.MEETING, now + within, ""
         want.vias.clear()
         want.asked = {tell.via for tell in asking if isinstance(tell, Tell)}
         return asking

@@ -41,8 +41,9 @@ class House(Protocol):
     async def outcome_of_our_dial(self, peer: NodeId, timeout: float) -> None: ...
     def admit(self, connection: Connection, control: Stream, facts: NodeFacts, verdict: Admitted) -> Link: ...
     def is_linked(self, peer: NodeId) -> bool: ...
-    def is_relayed(self, peer: NodeId) -> bool: ...
+    def may_move(self, onto: Connection) -> bool: ...
     def move(self, onto: Connection) -> None: ...
+    def unlink(self, peer: NodeId, reason: str) -> None: ...
     def joined(self, answer: Joined) -> None: ...
     def address_list(self) -> Iterable[MemberAddress]: ...
 
@@ -173,8 +174,8 @@ class Greeter:
         self._house.admit(connection, stream, hello.facts, verdict)
 
     async def _answer_move(self, connection: Connection, stream: Stream) -> None:
-        if not self._house.is_relayed(connection.peer) or connection.path == "relay":
-            await self._refuse(connection, stream, Refused("duplicate", "we are connected directly already"))
+        if not self._house.is_linked(connection.peer):
+            await self._refuse(connection, stream, Refused("not-linked", "there is no link to move"))
             return
         self._house.move(connection)
         await stream.write(encode(Move()))
@@ -201,7 +202,7 @@ class Greeter:
             TransportError: no answer.
             WireError: nonsense instead.
         """
-        if self._house.is_relayed(connection.peer):
+        if self._house.may_move(connection):
             await self._ask_to_move(connection)
             return None
         if self._house.is_linked(connection.peer):
@@ -238,14 +239,14 @@ class Greeter:
     async def _ask_to_move(self, connection: Connection) -> None:
         """The link there is goes on over this connection's path, with all its streams; this one was only to find it."""
         try:
-            if connection.path == "relay":
-                return
             async with asyncio.timeout(GREET_WITHIN_S):
                 stream = await connection.open_stream()
                 await stream.write(encode(OpenControl()) + encode(Move()))
                 answer = await read_frame(stream, control_decoder)
-            if isinstance(answer, Move) and self._house.is_relayed(connection.peer):
+            if isinstance(answer, Move) and self._house.may_move(connection):
                 self._house.move(connection)
+            elif isinstance(answer, Refused) and answer.code == "not-linked":
+                self._house.unlink(connection.peer, "the other side has lost it")
         except (TimeoutError, EOFError) as error:
             raise TransportError(f"{connection.address} did not answer Move: {error}", code="no-answer") from error
         finally:

@@ -101,7 +101,6 @@ class Links:
             is_member=self._is_granted,
             on_moved=self._bulk.moved,
             on_seen=callbacks.on_seen,
-            lose=self._lose,
             relay_rate=relay_rate,
         )
 
@@ -231,12 +230,15 @@ class Links:
     def is_linked(self, peer: NodeId) -> bool:
         return peer in self._links
 
-    def is_relayed(self, peer: NodeId) -> bool:
-        link = self._links.get(peer)
-        return link is not None and link.connection.path == "relay"
+    def may_move(self, onto: Connection) -> bool:
+        link = self._links.get(onto.peer)
+        return link is not None and self.ways.is_better(onto, link)
 
     def move(self, onto: Connection) -> None:
         self._links[onto.peer].connection.move(onto)
+
+    def unlink(self, peer: NodeId, reason: str) -> None:
+        self.drop(peer, reason)
 
     def joined(self, answer: Joined) -> None:
         self._tell.on_roster_changed()
@@ -309,8 +311,10 @@ class Links:
             self._bulk.down(link, reason)
             self.ways.down(link)
             self._dialer.kick(link.peer)
-            if link.peer in self._book and not self._closed:
+            if link.peer in self._book:
                 self.ways.wanted(link.peer)
+            else:
+                self.ways.unwanted(link.peer)
             self._tell.on_down(link.peer, reason)
 
     def _received(self, link: Link, message: Control) -> None:

@@ -8,6 +8,7 @@ it comes from the relay (1) or goes to it (0): a member may be a relay for a pee
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from mesh.membership.dialer import Dialer
 from mesh.membership.introducer import Introducer, Reached, RelayTable, is_loopback, sane_addresses
 from mesh.membership.link import Link
 from mesh.pump import Pump
-from mesh.transport.lane import Lane
+from mesh.transport.lane import Connection, Lane
 from mesh.wire.facts import NodeId
 from mesh.wire.messages import Apart, Carried, Carry, Control, Introduce, Meet, Seen
 from mesh.wire.messages import Crossing as Message
@@ -28,6 +29,11 @@ log = logging.getLogger(__name__)
 
 MAX_CHANNELS = 128
 """Through all relays together; the oldest goes first."""
+CHECK_S = 0.5
+SILENT_CHECKS = 3
+"""Checks in a row that find a link silent before another path is looked for: one alone may be our own sleep."""
+SILENT_S = 1.0
+"""Without a packet; members are pinged after a quarter of that."""
 _FROM_RELAY = 0x80
 _UNKNOWN_RTT_MS = 1000.0
 
@@ -57,7 +63,6 @@ class Ways:
         is_member: does a node hold a valid grant?
         on_moved: a link goes another way now.
         on_seen: told where a member sees this node.
-        lose: ends a link, with the reason.
         relay_rate: bytes per second for each pair of others; 0: this node does not carry.
     """
 
@@ -72,7 +77,6 @@ class Ways:
         is_member: Callable[[NodeId], bool],
         on_moved: Callable[[Link], None],
         on_seen: Callable[[NodeId, str], None],
-        lose: Callable[[Link, str], None],
         relay_rate: int,
     ) -> None:
         self._lane = lane
@@ -83,11 +87,13 @@ class Ways:
         self._is_member = is_member
         self._on_moved = on_moved
         self._on_seen = on_seen
-        self._lose = lose
         self._crossing = Pump(Crossing(me, self._may_dial), self._effect, crossing.Tick, clock)
         self._introducer = Introducer()
         self._table = RelayTable(relay_rate)
         self._channels: dict[tuple[NodeId, int], Channel] = {}
+        self._silent: dict[Link, int] = {}
+        """How many checks in a row found nothing new."""
+        self._checker: asyncio.TimerHandle | None = None
 
     # -- what the links tell -----------------------------------------------------------------------------------------
 
@@ -103,18 +109,21 @@ class Ways:
         """A member is linked."""
         link.connection.on_datagram = lambda data: self._datagram(link, data)
         link.connection.on_path = lambda: self._path_changed(link)
+        if self._checker is None:
+            self._checker = asyncio.get_running_loop().call_later(CHECK_S, self._check)
         self._linked(link)
 
     def down(self, link: Link) -> None:
         """A link is lost, and with it what went through it."""
         peer = link.peer
+        self._silent.pop(link, None)
         self._introducer.gone(peer)
         self._table.gone(peer)
         self._crossing.feed(crossing.HelperGone(peer))
         for key in [key for key in self._channels if key[0] == peer]:
             del self._channels[key]
         for other in [other for other in self._links.values() if other.address == f"relay:{peer}"]:
-            self._lose(other, "its relay is gone")
+            self._fell_silent(other)
 
     def heard(self, link: Link, message: Message) -> None:
         """A member says or asks something about paths."""
@@ -137,6 +146,12 @@ class Ways:
             case Apart():
                 self._feed(crossing.Heard(link.peer, message))
 
+    def is_better(self, onto: Connection, link: Link) -> bool:
+        """Should ``link`` go on over the path of ``onto``? Direct is better than relayed, and any than a dead one."""
+        if self._is_silent(link):
+            return True
+        return link.connection.path == "relay" and onto.path != "relay"
+
     def own_addresses_changed(self) -> None:
         """This node moved: look for better paths."""
         self._feed(crossing.Moved())
@@ -149,6 +164,8 @@ class Ways:
     def close(self) -> None:
         """No more timers."""
         self._crossing.stop()
+        if self._checker is not None:
+            self._checker.cancel()
 
     # -- within ------------------------------------------------------------------------------------------------------
 
@@ -162,12 +179,35 @@ class Ways:
     def _path_changed(self, link: Link) -> None:
         if self._links.get(link.peer) is link:
             log.info("%s is reached at %s now", link.peer, link.address)
+            self._silent.pop(link, None)
             self._on_moved(link)
             self._linked(link)
 
+    def _check(self) -> None:
+        """Has any link fallen silent, or is one heard again?"""
+        self._checker = asyncio.get_running_loop().call_later(CHECK_S, self._check)
+        now = self._clock.now()
+        for link in list(self._links.values()):
+            if not link.facts.crosses:
+                continue
+            if now - link.last_heard > SILENT_S:
+                self._silent[link] = self._silent.get(link, 0) + 1
+                if self._silent[link] == SILENT_CHECKS:
+                    self._fell_silent(link)
+            elif self._silent.pop(link, 0) >= SILENT_CHECKS:
+                self._crossing.feed(crossing.Linked(link.peer, link.connection.path == "relay"))
+
+    def _fell_silent(self, link: Link) -> None:
+        log.info("nothing comes from %s at %s: looking for another path", link.peer, link.address)
+        self._silent[link] = SILENT_CHECKS
+        self._feed(crossing.Silent(link.peer))
+
+    def _is_silent(self, link: Link) -> bool:
+        return self._silent.get(link, 0) >= SILENT_CHECKS
+
     def _may_dial(self, peer: NodeId) -> bool:
         link = self._links.get(peer)
-        return (link is None or link.connection.path == "relay") and self._is_member(peer)
+        return (link is None or link.connection.path == "relay" or link in self._silent) and self._is_member(peer)
 
     def _feed(self, event: crossing.Event) -> None:
         for link in self._links.values():

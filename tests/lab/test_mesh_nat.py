@@ -23,14 +23,11 @@ RING = ("--split", "always", "--no-discovery")
 class Homes:
     """``a`` and ``b`` behind NATs of these kinds, each with the demo model, and public machines that only relay."""
 
-    def __init__(self, lab: Lab, directory: Path, *, relays: Sequence[str] = ("p",), stun: str = "none") -> None:
+    def __init__(self, lab: Lab, directory: Path, *, relays: Sequence[str] = ("p",)) -> None:
         self.lab = lab
         self.model = model_file("demo")
-        env = {"MESH_STUN": stun}
-        self.relays = {name: MeshNode(lab, name, directory, arguments=RELAY, env=env) for name in relays}
-        self.a, self.b = (
-            MeshNode(lab, name, directory, model=self.model, arguments=RING, env=env) for name in ("a", "b")
-        )
+        self.relays = {name: MeshNode(lab, name, directory, arguments=RELAY) for name in relays}
+        self.a, self.b = (MeshNode(lab, name, directory, model=self.model, arguments=RING) for name in ("a", "b"))
         self.nodes = [*self.relays.values(), self.a, self.b]
 
     def start(self) -> None:
@@ -56,19 +53,15 @@ class Homes:
                 f"{other} by {paths}",
             )
 
-    def paths(self) -> list[str]:
-        return [str(self.peer(node.status() or {"peers": []}, name).get("path")) for node, name in self.between()]
-
     def between(self) -> list[tuple[MeshNode, str]]:
         return [(self.a, "b"), (self.b, "a")]
 
 
 @contextlib.contextmanager
-def homes(
-    directory: Path, a: str, b: str, *, relays: Sequence[str] = ("p",), more: Sequence[str] = (), stun: str = "none"
-) -> Iterator[Homes]:
-    with Lab(["a", "b", *relays, *more], "wan20", nat={"a": a, "b": b}) as lab:
-        place = Homes(lab, directory, relays=relays, stun=stun)
+def homes(directory: Path, a: str, b: str, *, relays: Sequence[str] = ("p",), **more: str) -> Iterator[Homes]:
+    """``more``: machines with nothing on them yet, and their NATs."""
+    with Lab(["a", "b", *more, *relays], "wan20", nat={"a": a, "b": b, **more}) as lab:
+        place = Homes(lab, directory, relays=relays)
         try:
             place.start()
             yield place
@@ -90,8 +83,8 @@ def test_two_port_restricted_homes_are_introduced_and_serve_directly(tmp_path: P
         assert "only relays" in str([peer["excluded"] for peer in place.a.status()["peers"]])  # type: ignore[index]
 
 
-def test_two_symmetric_homes_go_through_the_relay_and_serve(tmp_path: Path) -> None:
-    with homes(tmp_path, "symmetric", "symmetric") as place:
+def test_two_symmetric_homes_go_through_the_relay_and_serve_also_a_lite_client_in_a_third(tmp_path: Path) -> None:
+    with homes(tmp_path, "symmetric", "symmetric", c="symmetric") as place:
         expected = reference(place.model)
         place.wait_path("relay")
         for node, other in place.between():
@@ -100,6 +93,14 @@ def test_two_symmetric_homes_go_through_the_relay_and_serve(tmp_path: Path) -> N
             assert peer["path"] == "relay"
             assert peer["address"] == f"relay:{place.relays['p'].status()['node']['id']}"  # type: ignore[index]
             assert ask(node) == expected
+        client = MeshNode(place.lab, "c", tmp_path, role="client", arguments=("--no-discovery",))
+        try:
+            client.start(join=place.relays["p"].invite(role="client"))
+            client.wait_serving(60)
+            assert ask(client) == expected
+            assert paths_of(client)["a"][0] == paths_of(client)["b"][0] == "relay"
+        finally:
+            stop_all([client])
 
 
 KINDS = ("full-cone", "address-restricted", "port-restricted", "symmetric")

@@ -122,22 +122,37 @@ async def test_a_relayed_link_moves_to_a_direct_path_and_its_streams_go_on(party
     assert link.path == "quic"
 
 
-async def test_when_a_relay_dies_another_takes_over(party: Party) -> None:
+async def test_when_a_relay_dies_another_takes_over_and_streams_go_on(party: Party) -> None:
     carriers, a, b, _ = await parted(party, "one", "two")
+    stream, _ = await open_echo(a, b)
     link = a.links.link(b.key.id)
     assert link is not None
     used = next(node for node in carriers if link.address == f"relay:{node.key.id}")
     other = next(node for node in carriers if node is not used)
     await used.stop("its machine is switched off")
-    for node in (a, b):
+    for node, peer in ((a, b), (b, a)):
         await eventually(
-            lambda node=node: [
-                link
-                for peer, link in node.links.peers().items()
-                if peer in (a.key.id, b.key.id) and link.address == f"relay:{other.key.id}"
-            ],
-            within=15,
+            lambda node=node, peer=peer: node.links.peers()[peer.key.id].address == f"relay:{other.key.id}", within=15
         )
+    await round_trip(stream, 50_000)
+    assert not [peer for peer, _ in a.downs if peer == b.key.id]
+
+
+async def test_a_link_that_falls_silent_is_given_another_path_with_its_streams(party: Party) -> None:
+    relay = await party.node("relay", relay_rate=RATE, tcp=False)
+    a = await party.node("anna", knows=(relay,), tcp=False)
+    b = await party.node("berta", knows=(relay,), tcp=False)
+    await eventually(lambda: path(a, b) == path(b, a) == "quic", within=10)
+    stream, _ = await open_echo(a, b)
+    wall = Wall(a, b)  # as when a NAT forgets what it knew
+    await eventually(lambda: path(a, b) == path(b, a) == "relay", within=15)
+    await round_trip(stream, 50_000)
+    wall.standing = False
+    for node in (a, b):
+        node.links.ways.own_addresses_changed()
+    await eventually(lambda: path(a, b) == path(b, a) == "quic", within=15)
+    await round_trip(stream, 50_000)
+    assert not [peer for peer, _ in (*a.downs, *b.downs) if peer != relay.key.id]
 
 
 async def test_a_relay_slows_down_who_sends_more_than_its_rate(party: Party) -> None:

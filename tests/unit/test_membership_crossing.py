@@ -25,6 +25,7 @@ from mesh.membership.crossing import (
     HelperGone,
     Linked,
     Moved,
+    Silent,
     Tell,
     Tick,
     Unwanted,
@@ -190,6 +191,27 @@ def test_the_death_of_a_relay_is_answered_by_asking_the_next_at_once() -> None:
     assert played.say(Wanted(B)) == [Tell(S, Carry(B))]
 
 
+def test_a_direct_link_that_falls_silent_is_given_another_path_unless_it_is_heard_again() -> None:
+    played = Played(near("r"))
+    assert played.say(Silent(B)) == [Tell(R, Introduce(B))]
+    assert played.say(Silent(B)) == []
+    played.hear(R, Meet(B, THERE, 5))
+    assert played.tick() == [Tell(R, Carry(B))]
+    played.say(Linked(B, relayed=False))
+    assert played.core.next_timer() is None
+
+
+def test_a_relayed_link_that_falls_silent_asks_for_another_relay() -> None:
+    played = meeting(near("r", 1), near("s", 2), to_b={R: 1, S: 1})
+    played.tick()
+    played.hear(R, Carried(B, 1))
+    played.say(Linked(B, relayed=True))
+    assert played.say(Silent(B)) == [Tell(S, Carry(B))]
+    passive = Played(near("r"), near("s"))  # the other side asked nobody, and knows no other relay
+    passive.say(Linked(B, relayed=True))
+    assert passive.say(Silent(B)) == [Tell(R, Introduce(B)), Tell(S, Introduce(B))]
+
+
 def test_an_introducer_cannot_make_us_dial_all_the_time_nor_strangers_nor_ourselves() -> None:
     played = Played(near("r"))
     assert played.hear(R, Meet(B, THERE, 1)) == [Dial(B, THERE)]
@@ -212,6 +234,7 @@ def test_who_is_no_member_any_more_is_not_looked_for() -> None:
 EVENTS = st.one_of(
     st.builds(Wanted, st.sampled_from([B, S])),
     st.builds(Unwanted, st.sampled_from([B, S])),
+    st.builds(Silent, st.sampled_from([B, S])),
     st.builds(Linked, st.sampled_from([B, S]), st.booleans()),
     st.builds(Helper, st.sampled_from([R, S, T]), st.floats(0, 500), st.booleans()),
     st.builds(HelperGone, st.sampled_from([R, S, T])),
