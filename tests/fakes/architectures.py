@@ -23,6 +23,8 @@ CONTEXT = 4096
 WINDOW = 48
 """Tokens that a layer with a sliding window sees; shorter than the prompts of the tests."""
 KINDS = {kind.name: kind for kind in (F16, Q8_0, Q4_K)}
+FIRST_WORD = 131
+"""Tokens before this one are marks and bytes."""
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _F32, _I32, _STRING, _ARRAY = 6, 5, 8, 9
 
@@ -171,12 +173,14 @@ def _settings(shape: Architecture) -> list[bytes]:
 
 
 def _words() -> list[bytes]:
-    """A vocabulary: three marks, every byte, and words of two or three syllables."""
+    """A vocabulary: three marks, the bytes of plain text, a space, and words of two syllables.
+
+    No token is a part of a character: a server keeps such a one back, and what it knows of it.
+    """
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    made = ["▁" + first + second for first in syllables for second in syllables]
-    tokens = [*_SPECIAL, *(f"<0x{n:02X}>" for n in range(256)), *made][:VOCAB]
-    kinds = [2, 3, 3, *[6] * 256]
-    kinds += [1] * (VOCAB - len(kinds))
+    words = ["▁" + first + second for first in syllables for second in syllables]
+    tokens = [*_SPECIAL, *(f"<0x{n:02X}>" for n in range(128)), "▁", *words][:VOCAB]
+    kinds = [2, 3, 3, *[6] * 128, *[1] * (VOCAB - FIRST_WORD)]
     return [
         write.text("tokenizer.ggml.model", "llama"),
         _array("tokenizer.ggml.tokens", _STRING, VOCAB, b"".join(_text(token) for token in tokens)),
