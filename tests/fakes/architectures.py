@@ -7,7 +7,7 @@ the embedding), so that greedy text does not fall into a loop of one word.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ _F32, _I32, _STRING, _ARRAY = 6, 5, 8, 9
 
 Matrix = tuple[tuple[int, ...], float]
 """Inputs first, and the length of a row."""
+Vector = tuple[int, float]
+"""How many values, and about which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +40,16 @@ class Architecture:
 
     Args:
         matrices: of each layer, instead of a llama's; None takes one away.
-        vectors: of each layer, (length, about which value); None takes a llama's away.
+        vectors: of each layer, besides a llama's norms; None takes one away.
         ends: whatever is there once, besides the embedding and ``output_norm.weight``.
         settings: its keys without the architecture's name.
     """
 
     name: str
-    matrices: dict[str, Matrix | None] = field(default_factory=dict)
-    vectors: dict[str, tuple[int, float] | None] = field(default_factory=dict)
-    ends: dict[str, Matrix | tuple[int, float]] = field(default_factory=dict)
-    settings: dict[str, int | float] = field(default_factory=dict)
+    matrices: Mapping[str, Matrix | None] = field(default_factory=dict)
+    vectors: Mapping[str, Vector | None] = field(default_factory=dict)
+    ends: Mapping[str, Vector] = field(default_factory=dict)
+    settings: Mapping[str, int | float] = field(default_factory=dict)
     tied: bool = False
     embedding: float = WIDTH**0.5
 
@@ -87,11 +89,11 @@ ARCHITECTURES = {
     for a in (
         # Factors of the rotation lie outside of the layers, and every device needs a copy.
         Architecture("llama", ends={"rope_freqs.weight": (HEAD // 2, 2.0)}, settings=_RMS),
-        Architecture("qwen2", vectors=dict(_QKV_BIAS), settings=_RMS),
-        Architecture("qwen3", vectors=dict(_QK_NORM), settings=_RMS | _HEADS),
+        Architecture("qwen2", vectors=_QKV_BIAS, settings=_RMS),
+        Architecture("qwen3", vectors=_QK_NORM, settings=_RMS | _HEADS),
         Architecture(
             "gemma2",
-            vectors=dict(_POST_NORM),
+            vectors=_POST_NORM,
             settings=_RMS | _HEADS | {"attention.sliding_window": WINDOW},
             tied=True,
             embedding=1.0,
@@ -119,12 +121,15 @@ ARCHITECTURES = {
             "phi3",
             matrices={
                 **{"attn_q.weight": None, "attn_k.weight": None, "attn_v.weight": None, "ffn_gate.weight": None},
-                **{"attn_qkv.weight": ((WIDTH, HEADS * HEAD + 2 * _KV), 1.7), "ffn_up.weight": ((WIDTH, 2 * FEED), 1.5)},
+                **{
+                    "attn_qkv.weight": ((WIDTH, HEADS * HEAD + 2 * _KV), 1.7),
+                    "ffn_up.weight": ((WIDTH, 2 * FEED), 1.5),
+                },
             },
             ends={"rope_factors_long.weight": (HEAD // 2, 3.0), "rope_factors_short.weight": (HEAD // 2, 1.2)},
             settings=_RMS | {"rope.scaling.original_context_length": 1024},
         ),
-        Architecture("qwen3moe", matrices=_EXPERTS, vectors=dict(_QK_NORM), settings=_RMS | _HEADS | _MOE),
+        Architecture("qwen3moe", matrices=_EXPERTS, vectors=_QK_NORM, settings=_RMS | _HEADS | _MOE),
         Architecture(
             "qwen2moe",
             matrices=_EXPERTS | _SHARED,
@@ -138,10 +143,10 @@ ARCHITECTURES = {
 def write_architecture(path: Path, name: str, kind: Kind) -> None:
     """Write a model whose matrices are of one kind, and all else as is usual beside it: F32."""
     shape = ARCHITECTURES[name]
-    matrices = {key: value for key, value in (_LLAMA | shape.matrices).items() if value is not None}
-    llama: dict[str, tuple[int, float] | None] = {"attn_norm.weight": (WIDTH, 1.0), "ffn_norm.weight": (WIDTH, 1.0)}
-    vectors = {key: value for key, value in (llama | shape.vectors).items() if value is not None}
-    ends = shape.ends | {"output_norm.weight": (WIDTH, 1.0)}
+    matrices = {key: value for key, value in {**_LLAMA, **shape.matrices}.items() if value is not None}
+    llama: dict[str, Vector | None] = {"attn_norm.weight": (WIDTH, 1.0), "ffn_norm.weight": (WIDTH, 1.0)}
+    vectors = {key: value for key, value in {**llama, **shape.vectors}.items() if value is not None}
+    ends = {**shape.ends, "output_norm.weight": (WIDTH, 1.0)}
     tensors = [random_matrix("token_embd.weight", (WIDTH, VOCAB), kind, shape.embedding)]
     if not shape.tied:
         tensors.append(random_matrix("output.weight", (WIDTH, VOCAB), kind, 2.0))
@@ -150,7 +155,9 @@ def write_architecture(path: Path, name: str, kind: Kind) -> None:
         tensors += [_vector(f"blk.{layer}.{key}", *value) for key, value in vectors.items()]
         for key, (dims, gain) in matrices.items():
             full = f"blk.{layer}.{key}"
-            tensors.append(_router(full, dims, gain) if key == "ffn_gate_inp.weight" else random_matrix(full, dims, kind, gain))
+            tensors.append(
+                _router(full, dims, gain) if key == "ffn_gate_inp.weight" else random_matrix(full, dims, kind, gain)
+            )
     write.write_gguf(path, [*_settings(shape), *_words()], tensors, lambda done, total: None)
 
 
@@ -164,7 +171,8 @@ def _settings(shape: Architecture) -> list[bytes]:
         "attention.head_count_kv": HEADS_KV,
         "rope.dimension_count": HEAD,
         "vocab_size": VOCAB,
-    } | shape.settings
+        **shape.settings,
+    }
     entries = [write.text("general.architecture", shape.name), write.text("general.name", "small")]
     for key, value in settings.items():
         entry: Callable[[str, int | float], bytes] = write.u32 if isinstance(value, int) else write.f32  # type: ignore[assignment]
