@@ -7,7 +7,7 @@ the embedding), so that greedy text does not fall into a loop of one word.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ _F32, _I32, _STRING, _ARRAY = 6, 5, 8, 9
 
 Matrix = tuple[tuple[int, ...], float]
 """Inputs first, and the length of a row."""
-Vector = tuple[int, float]
+Vector = tuple[int | tuple[int, ...], float]
 """How many values, and about which."""
 
 
@@ -49,7 +49,7 @@ class Architecture:
     matrices: Mapping[str, Matrix | None] = field(default_factory=dict)
     vectors: Mapping[str, Vector | None] = field(default_factory=dict)
     ends: Mapping[str, Vector] = field(default_factory=dict)
-    settings: Mapping[str, int | float] = field(default_factory=dict)
+    settings: Mapping[str, int | float | tuple[int, ...]] = field(default_factory=dict)
     tied: bool = False
     embedding: float = WIDTH**0.5
 
@@ -136,6 +136,32 @@ ARCHITECTURES = {
             vectors=_QKV_BIAS | {"ffn_gate_inp_shexp.weight": (WIDTH, 0.0)},
             settings=_RMS | _MOE | {"expert_shared_feed_forward_length": FEED},
         ),
+        Architecture(
+            "gpt-oss",
+            matrices=_EXPERTS,
+            vectors={
+                **_QKV_BIAS,
+                **{"attn_output.bias": (WIDTH, 0.0), "attn_sinks.weight": (HEADS, 1.0), "ffn_norm.weight": None},
+                **{"post_attention_norm.weight": (WIDTH, 1.0), "ffn_gate_inp.bias": (EXPERTS, 0.0)},
+                **{f"ffn_{x}_exps.bias": ((FEED // 2, EXPERTS), 0.0) for x in ("gate", "up")},
+                "ffn_down_exps.bias": ((WIDTH, EXPERTS), 0.0),
+            },
+            settings=_RMS | _MOE | _HEADS | {"attention.sliding_window": WINDOW},
+        ),
+        Architecture(
+            "gemma4",
+            vectors={**_POST_NORM, **_QK_NORM, "layer_output_scale.weight": (1, 1.0)},
+            ends={"rope_freqs.weight": (HEAD // 2, 2.0)},
+            settings={
+                **_RMS,
+                **_HEADS,
+                **{f"attention.{x}_length_swa": HEAD for x in ("key", "value")},
+                **{"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": (1, 1, 0, 1, 1, 0)},
+                **{"rope.freq_base_swa": 1e3, "rope.dimension_count_swa": HEAD, "embedding_length_per_layer_input": 0},
+            },
+            tied=True,
+            embedding=1.0,
+        ),
     )
 }
 
@@ -174,9 +200,12 @@ def _settings(shape: Architecture) -> list[bytes]:
         **shape.settings,
     }
     entries = [write.text("general.architecture", shape.name), write.text("general.name", "small")]
-    for key, value in settings.items():
-        entry: Callable[[str, int | float], bytes] = write.u32 if isinstance(value, int) else write.f32  # type: ignore[assignment]
-        entries.append(entry(f"{shape.name}.{key}", value))
+    for name, value in settings.items():
+        key = f"{shape.name}.{name}"
+        if isinstance(value, tuple):
+            entries.append(_array(key, _I32, len(value), struct.pack(f"<{len(value)}i", *value)))
+        else:
+            entries.append(write.u32(key, value) if isinstance(value, int) else write.f32(key, value))
     return entries
 
 
@@ -209,14 +238,16 @@ def _text(value: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _vector(name: str, n: int, about: float) -> NewTensor:
+def _vector(name: str, size: int | tuple[int, ...], about: float) -> NewTensor:
     """Values near one number, each a little different, so that it matters which is where."""
+    dims = (size,) if isinstance(size, int) else size
+    n = int(np.prod(dims))
 
     def data() -> Sequence[bytes]:
         random = np.random.default_rng(list(name.encode()))
         return [(about + random.uniform(-0.2, 0.2, n)).astype("<f4").tobytes()]
 
-    return NewTensor(name, 0, (n,), 4 * n, data)
+    return NewTensor(name, 0, dims, 4 * n, data)
 
 
 def _router(name: str, dims: tuple[int, ...], gain: float) -> NewTensor:

@@ -41,6 +41,8 @@ SPLITS = [(0, 6), (5, 1), (2, 3, 1), (0, 1, 5), (1, 1, 1, 3), (0, 2, 3, 1)]
 """Layers of the host and of each worker."""
 SAME = ("--no-repack", "-ctxcp", "0")
 ACTIVATION = 4 * WIDTH
+WHOLE = {"gemma4"}
+"""Their last layer computes every token of a prompt, where others keep to the ones that are asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,7 @@ def check_lively(found: Answers) -> None:
     assert len({tuple(text.tokens) for text in found.several}) == 3
 
 
-async def check_traffic(r: PushRing, micro_batch: int) -> None:
+async def check_traffic(r: PushRing, micro_batch: int, whole: bool) -> None:
     """One activation per token and hop; nobody but the last worker answers, and that one nothing else."""
     counts: list[list[tuple[int, int]]] = []
     for words, tokens in ((20, 20), (4, 20), (20, 20), (1, 5 * micro_batch)):
@@ -172,7 +174,7 @@ async def check_traffic(r: PushRing, micro_batch: int) -> None:
     assert down == [0] * (workers - 1) + [ACTIVATION + 8] + [0] * len(r.peers)
     activations = 5 * micro_batch * ACTIVATION
     assert all(cost[0] <= 1.1 * activations + 20_000 for cost in long), long
-    assert sum(cost[1] for cost in long) <= 2 * ACTIVATION, long
+    assert sum(cost[1] for cost in long) <= 2 * ACTIVATION + (1.1 * activations if whole else 0), long
 
 
 @pytest.mark.parametrize(("name", "kind", "split", "micro_batch", "threads"), list(matrix()))
@@ -187,7 +189,7 @@ async def test_a_ring_says_what_one_process_says(
         await serving(r.host, r.port)
         assert await answers(r.port, micro_batch) == expected
         assert not r.said("mesh-push-fallback")
-        await check_traffic(r, micro_batch)
+        await check_traffic(r, micro_batch, name in WHOLE)
 
 
 # What is shifted lies in the workers' caches, and stays there.
