@@ -13,7 +13,7 @@ use the same kernels on the same batches; four things that would differ, in one 
   those alike is shown with the demo model, whose words do not hang on rounding (``test_engine_push.py``).
 
 Each architecture meets each type once, and three of the divisions. ``MESH_MATRIX=full`` tries all of it, with small and
-large micro-batches, one thread and two.
+large micro-batches, and two threads besides one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ FULL = os.environ.get("MESH_MATRIX") == "full"
 SPLITS = [(0, 6), (5, 1), (2, 3, 1), (0, 1, 5), (1, 1, 1, 3), (0, 2, 3, 1)]
 """Layers of the host and of each worker."""
 SAME = ("--no-repack", "-ctxcp", "0")
+LONG = 640
+"""Tokens: several of the smaller micro-batches, and more than one of the larger."""
 ACTIVATION = 4 * WIDTH
 WHOLE = {"gemma4"}
 """Their last layer computes every token of a prompt, where others keep to the ones that are asked for."""
@@ -143,8 +145,8 @@ def matrix() -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
     for row, name in enumerate(ARCHITECTURES):
         for column, kind in enumerate(KINDS):
             if FULL:
-                ways = [(128, 1), (512, 1), (128, 2)]
-                yield from ((name, kind, split, *way) for way in ways for split in SPLITS)
+                yield from ((name, kind, split, size, 1) for size in (128, 512) for split in SPLITS)
+                yield (name, kind, SPLITS[(row + 2 * column) % len(SPLITS)], 128, 2)
             else:
                 yield (name, kind, SPLITS[(row + 2 * column) % len(SPLITS)], 128, 1)
 
@@ -155,10 +157,10 @@ def check_lively(found: Answers) -> None:
     assert len({tuple(text.tokens) for text in found.several}) == 3
 
 
-async def check_traffic(r: PushRing, micro_batch: int, whole: bool) -> None:
+async def check_traffic(r: PushRing, whole: bool) -> None:
     """One activation per token and hop; nobody but the last worker answers, and that one nothing else."""
     counts: list[list[tuple[int, int]]] = []
-    for words, tokens in ((20, 20), (4, 20), (20, 20), (1, 5 * micro_batch)):
+    for words, tokens in ((20, 20), (4, 20), (20, 20), (1, LONG)):
         counts.append([(link.up, link.down) for link in (*r.links, *r.peers)])
         await said(r.port, [prompt(tokens, 7)], words)
     counts.append([(link.up, link.down) for link in (*r.links, *r.peers)])
@@ -172,7 +174,7 @@ async def check_traffic(r: PushRing, micro_batch: int, whole: bool) -> None:
     assert all(ACTIVATION <= pushed <= ACTIVATION + 64 for pushed in up[workers:]), up
     assert all(other <= 1024 for other in up[1:workers]), up
     assert down == [0] * (workers - 1) + [ACTIVATION + 8] + [0] * len(r.peers)
-    activations = 5 * micro_batch * ACTIVATION
+    activations = LONG * ACTIVATION
     assert all(cost[0] <= 1.1 * activations + 20_000 for cost in long), long
     assert sum(cost[1] for cost in long) <= 2 * ACTIVATION + (1.1 * activations if whole else 0), long
 
@@ -189,7 +191,7 @@ async def test_a_ring_says_what_one_process_says(
         await serving(r.host, r.port)
         assert await answers(r.port, micro_batch) == expected
         assert not r.said("mesh-push-fallback")
-        await check_traffic(r, micro_batch, name in WHOLE)
+        await check_traffic(r, name in WHOLE)
 
 
 # What is shifted lies in the workers' caches, and stays there.
