@@ -32,6 +32,7 @@ Matrix = tuple[tuple[int, ...], float]
 """Inputs first, and the length of a row."""
 Vector = tuple[int | tuple[int, ...], float]
 """How many values, and about which."""
+Setting = int | float | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Architecture:
     matrices: Mapping[str, Matrix | None] = field(default_factory=dict)
     vectors: Mapping[str, Vector | None] = field(default_factory=dict)
     ends: Mapping[str, Vector] = field(default_factory=dict)
-    settings: Mapping[str, int | float | tuple[int, ...]] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
     tied: bool = False
     embedding: float = WIDTH**0.5
 
@@ -80,9 +81,9 @@ _SHARED: dict[str, Matrix | None] = {
 _QKV_BIAS = {"attn_q.bias": (HEADS * HEAD, 0.0), "attn_k.bias": (_KV, 0.0), "attn_v.bias": (_KV, 0.0)}
 _QK_NORM = {"attn_q_norm.weight": (HEAD, 1.7), "attn_k_norm.weight": (HEAD, 1.7)}
 _POST_NORM = {"post_attention_norm.weight": (WIDTH, 2.5), "post_ffw_norm.weight": (WIDTH, 4.0)}
-_HEADS = {"attention.key_length": HEAD, "attention.value_length": HEAD}
-_RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
-_MOE = {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": FEED // 2}
+_HEADS: dict[str, Setting] = {"attention.key_length": HEAD, "attention.value_length": HEAD}
+_RMS: dict[str, Setting] = {"attention.layer_norm_rms_epsilon": 1e-5}
+_MOE: dict[str, Setting] = {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": FEED // 2}
 
 ARCHITECTURES = {
     a.name: a

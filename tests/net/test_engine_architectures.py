@@ -13,7 +13,7 @@ use the same kernels on the same batches; four things that would differ, in one 
   those alike is shown with the demo model, whose words do not hang on rounding (``test_engine_push.py``).
 
 Each architecture meets each type once, and three of the divisions. ``MESH_MATRIX=full`` tries all of it, with small and
-large micro-batches, and two threads besides one.
+large micro-batches, in seven minutes; besides it tries two threads, which on a busy machine takes much longer.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ FULL = os.environ.get("MESH_MATRIX") == "full"
 SPLITS = [(0, 6), (5, 1), (2, 3, 1), (0, 1, 5), (1, 1, 1, 3), (0, 2, 3, 1)]
 """Layers of the host and of each worker."""
 SAME = ("--no-repack", "-ctxcp", "0")
+PATIENCE_S = 110
+"""Threads that wait for each other by spinning take their time on a busy machine."""
 LONG = 640
 """Tokens: several of the smaller micro-batches, and more than one of the larger."""
 ACTIVATION = 4 * WIDTH
@@ -70,7 +72,8 @@ class Said:
 
 async def said(port: int, prompts: list[list[int]], words: int) -> list[Said]:
     body = {"prompt": prompts, "n_predict": words, "temperature": 0, "n_probs": 3, "cache_prompt": False}
-    answer = await asyncio.to_thread(ask, port, "/completion", body | {"ignore_eos": True, "return_tokens": True})
+    body |= {"ignore_eos": True, "return_tokens": True}
+    answer = await asyncio.to_thread(ask, port, "/completion", body, within=PATIENCE_S)
     found = answer if isinstance(answer, list) else [answer]
     found.sort(key=lambda one: one["index"])
     return [
@@ -146,7 +149,8 @@ def matrix() -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
         for column, kind in enumerate(KINDS):
             if FULL:
                 yield from ((name, kind, split, size, 1) for size in (128, 512) for split in SPLITS)
-                yield (name, kind, SPLITS[(row + 2 * column) % len(SPLITS)], 128, 2)
+                if column == row % len(KINDS):
+                    yield (name, kind, SPLITS[row % len(SPLITS)], 128, 2)
             else:
                 yield (name, kind, SPLITS[(row + 2 * column) % len(SPLITS)], 128, 1)
 
@@ -215,11 +219,13 @@ async def test_a_text_longer_than_the_context_goes_on_alike(
     for counts in ([LAYERS], split):
         async with push_ring(engine, path, counts, parallel=1, context=256, options=options) as r:
             await serving(r.host, r.port)
+            before = [(link.up, link.down) for link in (*r.links, *r.peers)]
             texts.append(await said(r.port, [prompt(100, 8)], 400))
             assert sum("context shift" in line for line in r.host.lines) >= 2, r.host.text
             assert len(texts[-1][0].tokens) == 400
-            for link in (*r.links, *r.peers):
-                assert max(link.up, link.down) < 500 * (ACTIVATION + 1024) + 100_000
+            after = [(link.up, link.down) for link in (*r.links, *r.peers)]
+            carried = [b - a for pair in zip(before, after, strict=True) for a, b in zip(*pair, strict=True)]
+            assert all(n < 500 * (ACTIVATION + 512) + 20_000 for n in carried), carried
     assert texts[0] == texts[1]
 
 
