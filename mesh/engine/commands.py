@@ -83,6 +83,9 @@ def llama_server_command(
         argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
         # The server sends two tokens around the ring before it serves, warm-up or not.
         argv += ["--no-warmup"]
+        # Workers never repack weights. Where the host's CPU would, its results depend on what else is in the batch, and
+        # the same prompt may be continued in two ways.
+        argv += ["--no-repack"]
         env["MESH_GGUF_ID"] = layout.model.fingerprint
         env["MESH_RPC_SECRET"] = _secret(rpc_secret)
         if wire_dtype != "f32":
