@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 
 from bench.measure import BenchError
-from bench.settings import Programs
+from bench.servers import Programs
 from mesh.engine.cache import cache_key, cache_root, cpu_features, executable, platform_tag
 from mesh.engine.pin import SOURCE
 from mesh.engine.source import fetch_source, unpack_source

@@ -1,0 +1,80 @@
+"""The ring's figures as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from bench import tables as markdown
+from bench.ring.records import Model, Run
+from bench.ring.verdicts import Verdict, differing_texts
+from bench.tables import size
+
+_KINDS = (("host > worker", "a", "w"), ("worker > worker", "w", "w"), ("worker > host", "w", "a"))
+
+
+def bars(reached: Sequence[Verdict]) -> str:
+    """Every bar with what was measured, and how many were met."""
+    header = ["model", "what", "bar", "upstream", "measured", "met"]
+    words = {True: "yes", False: "NO", None: "-"}
+    rows = [[v.model, v.what, v.bar, v.upstream, v.measured, words[v.met]] for v in reached]
+    judged = [v for v in reached if v.met is not None]
+    count = f"{sum(v.met is True for v in judged)} of {len(judged)} bars met"
+    return "\n".join(["", markdown.markdown(header, rows), "", count])
+
+
+def tables(models: Sequence[Model], runs: Sequence[Run]) -> str:
+    """What the bars do not show: each link, load and round trips, conversations, and texts that differ."""
+    parts = []
+    for model in models:
+        mine = [run for run in runs if run.model == model.name]
+        activation = size(4 * model.n_embd)
+        parts.append(f"{model.name}: {size(model.bytes)}, {model.n_layers} layers, an activation is {activation}")
+        parts += [part for part in (_engine_table(mine), _visit_table(mine)) if part]
+    differing = differing_texts(runs)
+    parts.append("\n".join(["text DIFFERS:", *differing]) if differing else "text: identical in every configuration")
+    return "\n\n".join(parts)
+
+
+def _engine_table(runs: Sequence[Run]) -> str:
+    header = ["workers", "", "layers", "load s", "wire at load", "turns", "turns/token", "new shape"]
+    header += ["solo ms", "ms/token", "over solo", "limit", *(kind for kind, _, _ in _KINDS), "late"]
+    rows = []
+    turned = {(run.name, run.workers): run.turns for run in runs if run.turns}
+    links = {run.link for run in runs if run.name in ("ring", "upstream")} - {"lan"}
+    # Runs that only counted have a row of their own where nothing else was measured.
+    counted_only = links == {"relayed"}
+    for run in runs:
+        if run.name not in ("ring", "upstream") or run.link == "lan" or (run.link == "relayed") != counted_only:
+            continue
+        turns, token = turned.get((run.name, run.workers)), run.token
+        row = [str(run.workers), run.name, "+".join(map(str, run.layers)) or "-"]
+        row += [f"{statistics.median(run.loads.seconds):.2f}", size(statistics.median(run.loads.wire))]
+        row += (
+            [str(turns.to_first_token), f"{turns.per_token:.1f}", f"{turns.per_new_shape:.1f}"] if turns else ["-"] * 3
+        )
+        if token:
+            row += [f"{statistics.median(part):.1f}" for part in (token.solo_ms, token.ms, token.over_solo_ms)]
+        else:
+            row += ["-"] * 3
+        row.append(f"{run.limit_ms:.0f}")
+        for _, by, to in _KINDS:
+            carried = [
+                count
+                for link, count in (token.links if token else {}).items()
+                if link[0] == by and link.split(">")[1][0] == to
+            ]
+            row.append(size(max(carried)) if carried else "-")
+        rows.append([*row, f"{run.late_packets:.1%}"])
+    return markdown.markdown(header, rows) if rows else ""
+
+
+def _visit_table(runs: Sequence[Run]) -> str:
+    header = ["workers", "", "visit", "new tokens", "computed", "to a worker", "from a worker", "first token s"]
+    rows = []
+    for run in runs:
+        for number, visit in enumerate(run.visits):
+            word = f"{visit.conversation} {1 + number // 2}"
+            row = [str(run.workers), run.name, word, str(visit.new_tokens), str(visit.computed)]
+            rows.append([*row, size(visit.to_worker), size(visit.from_worker), f"{visit.first_s:.2f}"])
+    return markdown.markdown(header, rows) if rows else ""
