@@ -74,39 +74,34 @@ def machine_names(workers: int) -> list[str]:
 def rpc_servers(
     lab: Lab, directory: Path, launches: Mapping[str, Launch], *, count_turns: bool = False
 ) -> Iterator[None]:
-    """One RPC server in each of the named machines, which all of them reach at :data:`RPC_PORT`.
+    """One RPC server in each of the named machines, which the host reaches at :func:`endpoints_of` them.
 
     Args:
-        launches: commands that let a server listen at :func:`listening_port` of its machine's address.
-        count_turns: put a relay before every server that counts round trips (:mod:`bench.turns`); it costs some time.
-            All connections go through it, those of the servers to one another included.
+        launches: commands that let a server listen at :data:`RPC_PORT` of its machine's address.
+        count_turns: put a relay between the host and every server that counts the host's round trips
+            (:mod:`bench.turns`); it costs some time. What servers say to one another does not go through it.
     """
     started = []
-    port = listening_port(count_turns)
     try:
         for name, launch in launches.items():
             with (directory / f"rpc-{name}.log").open("ab") as log:
                 started.append(_popen(lab, name, launch, log))
         for name in launches:
-            _wait_listening(lab, name, port)
-        for name in launches if count_turns else ():
-            argv = (sys.executable, "-m", "bench.turns", lab.address(name), str(RPC_PORT), str(port))
-            with turns_file(directory, name).open("wb") as counts:
-                started.append(_popen(lab, name, Launch(argv, {"PYTHONPATH": str(_ROOT)}), counts))
-        for name in launches if count_turns else ():
             _wait_listening(lab, name, RPC_PORT)
+        for port, name in enumerate(launches if count_turns else (), RPC_PORT + 1):
+            argv = (sys.executable, "-m", "bench.turns", str(port), lab.address(name), str(RPC_PORT))
+            with turns_file(directory, name).open("wb") as counts:
+                started.append(_popen(lab, HOST, Launch(argv, {"PYTHONPATH": str(_ROOT)}), counts))
+            _wait_listening(lab, HOST, port)
         yield
     finally:
         _end(started)
 
 
-def listening_port(count_turns: bool) -> int:
-    """Where an RPC server listens itself."""
-    return RPC_PORT + count_turns
-
-
-def endpoints_of(lab: Lab, workers: Sequence[str]) -> list[str]:
-    """Where the workers' RPC servers are reached."""
+def endpoints_of(lab: Lab, workers: Sequence[str], *, count_turns: bool = False) -> list[str]:
+    """Where the host reaches the workers' RPC servers."""
+    if count_turns:
+        return [f"127.0.0.1:{port}" for port, _ in enumerate(workers, RPC_PORT + 1)]
     return [f"{lab.address(worker)}:{RPC_PORT}" for worker in workers]
 
 
@@ -156,7 +151,7 @@ def _wait_listening(lab: Lab, name: str, port: int) -> None:
     deadline = time.monotonic() + 20
     while wanted not in lab.run(name, ["cat", "/proc/net/tcp"]).stdout:
         if time.monotonic() > deadline:
-            raise BenchError(f"rpc-server on {name} does not listen")
+            raise BenchError(f"nothing listens on port {port} of {name}")
         time.sleep(0.02)
 
 

@@ -46,7 +46,7 @@ def solo(lab: Lab, task: Task) -> Iterator[tuple[Setting, Figures]]:
 def upstream(lab: Lab, task: Task, workers: int, *, count_turns: bool = False) -> Iterator[tuple[Setting, Figures]]:
     """What upstream's documentation says: all layers on RPC servers, reached over the open network, weights sent."""
     names = machine_names(workers)[1:]
-    arguments = ["--rpc", ",".join(servers.endpoints_of(lab, names)), "-ngl", "all"]
+    arguments = ["--rpc", ",".join(servers.endpoints_of(lab, names, count_turns=count_turns)), "-ngl", "all"]
     with (
         _rpc_servers(lab, task, task.upstream, names, count_turns),
         _engine(lab, task, task.upstream, "upstream", names, arguments) as started,
@@ -106,7 +106,7 @@ def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]
 
 @contextlib.contextmanager
 def _rpc_servers(lab: Lab, task: Task, programs: Programs, names: Sequence[str], count_turns: bool) -> Iterator[None]:
-    port = str(servers.listening_port(count_turns))
+    port = str(servers.RPC_PORT)
     launches = {
         name: Launch((str(programs.rpc_server), "-H", lab.address(name), "-p", port, "-t", str(task.threads)), {})
         for name in names

@@ -44,6 +44,8 @@ def find_upstream(vocabularies: Path) -> Programs:
     entry = cache_root() / f"upstream-{cache_key(SOURCE, flags, platform_tag(), cpu_features())}"
     entry.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(entry.parent / "upstream.lock"):
+        for left in entry.parent.glob("upstream-building-*"):  # by a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if not entry.is_dir():
             _compile(entry, flags)
     return programs_in(entry, vocabularies)

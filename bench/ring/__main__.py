@@ -57,9 +57,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--upstream-bin", type=Path, metavar="DIR", help="an engine without patches; default: built once")
     add("--json", type=Path, metavar="FILE")
     add("--keep", type=Path, metavar="DIR", help="keep logs here")
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(model=["noise-demo"], workers=[2], runs=1, tokens=16)
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.model, options.workers, options.runs, options.tokens = ["noise-demo"], [2], 1, 16
     if min(options.workers) < 1 or options.runs < 1 or options.tokens <= 8:
         parser.error("at least one worker, one run and nine tokens")
     return options
@@ -94,7 +94,8 @@ def main(arguments: Sequence[str]) -> int:
             directory.mkdir(parents=True, exist_ok=True)
             for name in options.model:
                 model = find_model(name, ours.vocabularies)
-                measure(plan, Task(ours, theirs, model, options.threads, options.ctx_size, directory, options.ubatch))
+                task = Task(ours, theirs, model, options.threads, options.ctx_size, directory, options.ubatch)
+                measure(plan, task, Path(name).stem)
     except (BenchError, LabError, MeshError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

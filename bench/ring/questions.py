@@ -72,16 +72,17 @@ class Asker:
 
 @dataclass(slots=True)
 class Lengths:
-    """Prompts of so many tokens, whatever the model's vocabulary makes of words; counted once per model."""
+    """Prompts of so many tokens, whatever the model's vocabulary makes of words; made once per model."""
 
-    words: dict[int, int] = field(default_factory=dict)
+    prompts: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def prompt(self, asker: Asker, tokens: int, salt: int) -> str:
         """A prompt of about ``tokens`` tokens that shares no beginning with one of another ``salt``."""
-        if tokens not in self.words:
+        if (tokens, salt) not in self.prompts:
             count = partial(count_tokens, asker.client, asker.setting.base_url)
-            self.words[tokens] = words_for(lambda words: count(long_prompt(words, 1)), tokens)
-        return long_prompt(self.words[tokens], salt)
+            words = words_for(lambda words: count(long_prompt(words, salt)), tokens)
+            self.prompts[tokens, salt] = long_prompt(words, salt)
+        return self.prompts[tokens, salt]
 
 
 def words_for(count: Callable[[int], int], tokens: int) -> int:

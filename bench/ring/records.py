@@ -6,6 +6,7 @@ import hashlib
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 Pair = tuple[str, str]
 Wire = dict[Pair, int]
@@ -150,7 +151,7 @@ def median_wire(wires: Iterable[Mapping[Pair, float]]) -> dict[Pair, float]:
 
 def beside(solo: list[float], ring: list[float]) -> list[float]:
     """Differences to the mean of the two neighbours: ``solo`` was measured before, between and after ``ring``."""
-    return [each - (before + after) / 2 for each, before, after in zip(ring, solo, solo[1:], strict=True)]
+    return [each - statistics.fmean(both) for each, both in zip(ring, pairwise(solo), strict=True)]
 
 
 def hashed(text: str) -> str:

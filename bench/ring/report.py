@@ -45,6 +45,9 @@ def _engine_table(runs: Sequence[Run]) -> str:
     # Runs that only counted have a row of their own where nothing else was measured.
     counted_only = links == {"relayed"}
     for run in runs:
+        if run.name == "solo" and run.loads.seconds:
+            row = ["0", "solo", "-", f"{statistics.median(run.loads.seconds):.2f}"]
+            rows.append([*row, *["-"] * (len(header) - len(row) - 1), f"{run.late_packets:.1%}"])
         if run.name not in ("ring", "upstream") or run.link == "lan" or (run.link == "relayed") != counted_only:
             continue
         turns, token = turned.get((run.name, run.workers)), run.token

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.lab import Lab, Link, parse_link
 from bench.measure import GENERATION_PROMPT
@@ -51,28 +51,28 @@ class Plan:
         return 2 if 2 in self.workers else max(self.workers)
 
 
-def measure(plan: Plan, task: Task) -> None:
-    """Everything about one model."""
+def measure(plan: Plan, task: Task, name: str) -> None:
+    """Everything about one model, which reports call ``name``."""
     file = inspect(task.model)
-    model = Model(task.model.stem, task.model.stat().st_size, file.n_layers, file.n_embd)
+    model = Model(name, task.model.stat().st_size, file.n_layers, file.n_embd)
     plan.models.append(model)
     lengths = Lengths()
     if {"token", "load", "prompt", "alternate"} & set(plan.parts):
         for count in plan.workers:
-            for name in plan.configurations:
-                with _told(plan, f"{model.name} {name}, {count} workers"):
-                    _session(plan, task, model, lengths, name, count)
+            for configuration in plan.configurations:
+                with _told(f"{name} {configuration}, {count} workers"):
+                    _session(plan, task, model, lengths, configuration, count)
     if "load" in plan.parts and "ring" in plan.configurations and max(plan.workers) > 1:
-        with _told(plan, f"{model.name} load, {max(plan.workers)} workers against one"):
+        with _told(f"{name} load, {max(plan.workers)} workers against one"):
             _compare_loads(plan, task, model, max(plan.workers))
     if "prompt" in plan.parts and "ring" in plan.configurations:
-        with _told(plan, f"{model.name} prompts on {_QUICK_LINK}"):
+        with _told(f"{name} prompts on {_QUICK_LINK}"):
             _quick_link(plan, task, model, lengths)
     if "turns" in plan.parts:
         for count in plan.workers:
-            for name in plan.configurations:
-                with _told(plan, f"{model.name} {name}, {count} workers, round trips"):
-                    _turns(plan, task, model, name, count)
+            for configuration in plan.configurations:
+                with _told(f"{name} {configuration}, {count} workers, round trips"):
+                    _turns(plan, task, model, configuration, count)
 
 
 def _session(plan: Plan, task: Task, model: Model, lengths: Lengths, name: str, count: int) -> None:
@@ -81,14 +81,12 @@ def _session(plan: Plan, task: Task, model: Model, lengths: Lengths, name: str, 
     plan.done.append(run)
     runs = plan.runs if name == "ring" else plan.fewer
     with _lab(plan.link, count, task) as lab, settings.solo(lab, task) as single:
+        alone.loads.seconds.append(single.load_s)
         with _started(lab, task, run) as setting, _asking(setting, run) as asker, _asking(single, alone) as solo:
             if "token" in plan.parts:
                 run.token = questions.ask_tokens(asker, solo, runs, plan.tokens)
             if "prompt" in plan.parts:
-                long_runs = plan.fewer if count == plan.middle and name == "ring" else 1
-                run.prompts.append(questions.ask_prompts(asker, lengths, SMALL, plan.fewer))
-                run.prompts.append(questions.ask_prompts(asker, lengths, LARGE, long_runs))
-                run.contexts = questions.ask_contexts(asker, lengths, plan.fewer if name == "ring" else 1)
+                _prompts(plan, asker, lengths)
             if "alternate" in plan.parts and count == plan.middle:
                 run.visits = questions.ask_alternately(asker, lengths, _ROUNDS)
         if "load" in plan.parts:
@@ -97,6 +95,17 @@ def _session(plan: Plan, task: Task, model: Model, lengths: Lengths, name: str, 
             for _ in range(1, plan.runs if name == "ring" else 1):
                 with _started(lab, task, run):
                     pass
+
+
+def _prompts(plan: Plan, asker: Asker, lengths: Lengths) -> None:
+    """Seconds are for one number of workers; the ring's bytes are for all of them."""
+    run = asker.run
+    timed, ring = run.workers == plan.middle, run.name == "ring"
+    if timed:
+        run.prompts.append(questions.ask_prompts(asker, lengths, SMALL, plan.fewer))
+    if timed or ring:
+        run.prompts.append(questions.ask_prompts(asker, lengths, LARGE, plan.fewer if timed and ring else 1))
+        run.contexts = questions.ask_contexts(asker, lengths, plan.fewer if ring else 1)
 
 
 def _compare_loads(plan: Plan, task: Task, model: Model, count: int) -> None:
@@ -132,7 +141,8 @@ def _quick_link(plan: Plan, task: Task, model: Model, lengths: Lengths) -> None:
 
 
 def _turns(plan: Plan, task: Task, model: Model, name: str, count: int) -> None:
-    link = parse_link(_QUICK_LINK)
+    # Without a rate: weights that upstream sends do not add to the count, and would take their time.
+    link = replace(plan.link, bytes_per_second=None)
     run = Run(model.name, name, count, "relayed")
     plan.done.append(run)
     with (
@@ -192,7 +202,7 @@ def _solo_run(plan: Plan, model: Model) -> Run:
 
 
 @contextlib.contextmanager
-def _told(plan: Plan, what: str) -> Iterator[None]:
+def _told(what: str) -> Iterator[None]:
     print(f"{what} ...", file=sys.stderr, end=" ", flush=True)
     began = time.monotonic()
     yield

@@ -58,19 +58,19 @@ def ring(lab: Lab, task: Task, counts: Sequence[int], *, count_turns: bool = Fal
 
     Args:
         counts: layers of the host and each worker.
-        count_turns: pushes go through the relays too: to a worker, the worker before it is a client like the host.
+        count_turns: of the host's connections; the workers' pushes to one another go straight, as ever.
     """
     engine = _engine(task.programs)
     layout = settings.layout_of(task, counts)
     names = [worker.name for worker in layout.workers]
-    endpoints = servers.endpoints_of(lab, names)
-    reached = dict(zip(names, endpoints, strict=True))
+    endpoints = servers.endpoints_of(lab, names, count_turns=count_turns)
+    reached = dict(zip(names, servers.endpoints_of(lab, names), strict=True))
     launches = {}
     for name in names:
         successor = layout.successor(name)
         launch = rpc_server_command(
             engine,
-            servers.listening_port(count_turns),
+            servers.RPC_PORT,
             threads=task.threads,
             model_files=[task.model],
             fingerprint=layout.model.fingerprint,

@@ -13,6 +13,7 @@ from bench.tables import size
 ABOVE_LIMIT = 1.05
 TOKEN_SLACK = 1000
 LOAD_WIRE = 300_000
+ROUND_TRIPS = 12
 LOAD_READS, LOAD_SLACK_S = 1.25, 0.6
 STARTS_VARY_S = 0.05
 PROMPT_SHARE, PROMPT_SLACK = 1.1, 200_000
@@ -42,7 +43,7 @@ def all_of(models: Sequence[Model], runs: Sequence[Run]) -> list[Verdict]:
     found: list[Verdict] = []
     for model in models:
         ours = _Figures(model, [run for run in runs if run.model == model.name])
-        for judge in (_tokens, _loads, _prompt_bytes, _prompt_seconds, _returns, _pushes, _texts):
+        for judge in (_tokens, _loads, _round_trips, _prompt_bytes, _prompt_seconds, _returns, _pushes, _texts):
             found += judge(ours)
     return found
 
@@ -113,6 +114,15 @@ def _loads(of: _Figures) -> Iterator[Verdict]:
         met = statistics.median(together.loads.seconds) <= bar
         what = f"load s, {_workers(together)} against one with the largest share"
         yield of.verdict(what, f"{bar:.2f}", "", _spread(together.loads.seconds, 2), met)
+
+
+def _round_trips(of: _Figures) -> Iterator[Verdict]:
+    for ring, theirs in of.rings():
+        if ring.turns:
+            count = ring.turns.to_first_token
+            upstream = str(theirs.turns.to_first_token) if theirs and theirs.turns else ""
+            what = f"round trips to the first token, {_workers(ring)}"
+            yield of.verdict(what, str(ROUND_TRIPS), upstream, str(count), count <= ROUND_TRIPS)
 
 
 def _prompt_bytes(of: _Figures) -> Iterator[Verdict]:
