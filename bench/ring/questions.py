@@ -44,6 +44,8 @@ class Told:
 
     answer: Answer
     wire: Wire
+    late: float
+    """Share of packets the lab delivered over 2 ms late."""
 
 
 @dataclass(slots=True)
@@ -64,10 +66,11 @@ class Asker:
         self.lab.reset_counters()
         answer = complete(self.client, self.setting.base_url, None, prompt, tokens, cached=cached)
         timing = self.lab.timing()
-        self.run.late_packets = max(self.run.late_packets, timing.late / max(1, timing.delivered))
+        late = timing.late / max(1, timing.delivered)
+        self.run.late_packets = max(self.run.late_packets, late)
         if named and self.run.texts.setdefault(named, hashed(answer.text)) != hashed(answer.text):
             self.run.texts[named] = "differs between runs"
-        return Told(answer, {pair: counter.bytes for pair, counter in self.lab.counters().items()})
+        return Told(answer, {pair: counter.bytes for pair, counter in self.lab.counters().items()}, late)
 
 
 @dataclass(slots=True)
@@ -97,6 +100,7 @@ def ask_tokens(ring: Asker, solo: Asker, runs: int, tokens: int) -> Token:
     alone: list[float] = []
     ms: list[float] = []
     wires = []
+    late = 0.0
 
     def ask_solo() -> None:
         alone.append(solo.ask(GENERATION_PROMPT, tokens, named="short").answer.ms_per_token)
@@ -106,11 +110,12 @@ def ask_tokens(ring: Asker, solo: Asker, runs: int, tokens: int) -> Token:
         short = ring.ask(GENERATION_PROMPT, SHORT)
         long = ring.ask(GENERATION_PROMPT, tokens, named="short")
         ms.append(long.answer.ms_per_token)
+        late = max(late, long.late)
         wires.append(per_token(short.wire, long.wire, tokens - SHORT))
         ask_solo()
     wire = median_wire(wires)
     links = {">".join(pair): count for pair, count in wire.items()}
-    return Token(ms, beside(alone, ms), alone, links, to_worker(wire), from_worker(wire))
+    return Token(ms, beside(alone, ms), alone, links, to_worker(wire), from_worker(wire), late)
 
 
 def ask_prompts(asker: Asker, lengths: Lengths, wanted: int, runs: int, *, solo: Asker | None = None) -> Prompt:
@@ -179,6 +184,7 @@ def count_turns(asker: Asker, directory: Path) -> Turns:
     def most(later: dict[str, int], earlier: dict[str, int]) -> int:
         return max(later[worker] - earlier[worker] for worker in later)
 
+    to_healthy = max(turns().values())
     asker.ask(GENERATION_PROMPT, 1)
     to_first_token = max(turns().values())
     asker.ask(GENERATION_PROMPT, SHORT)
@@ -190,4 +196,4 @@ def count_turns(asker: Asker, directory: Path) -> Turns:
     before = turns()
     for words in (7, 31, 33):
         asker.ask(long_prompt(words, words), 1)
-    return Turns(to_first_token, each, most(turns(), before) / 3)
+    return Turns(to_healthy, to_first_token, each, most(turns(), before) / 3)

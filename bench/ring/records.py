@@ -46,6 +46,8 @@ class Token:
     to_worker: float
     """All that one worker is sent per token, by whomever: the most of any."""
     from_worker: float
+    late_packets: float = 0.0
+    """Of these answers: the largest share the lab delivered over 2 ms late."""
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class Visit:
 class Turns:
     """Blocking round trips of the busiest worker."""
 
+    to_healthy: int
     to_first_token: int
     per_token: float
     per_new_shape: float

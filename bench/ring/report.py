@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from bench import tables as markdown
-from bench.ring.records import Model, Run
+from bench.ring.records import Model, Run, Turns
 from bench.ring.verdicts import Verdict, differing_texts
 from bench.tables import size
 
@@ -37,39 +37,40 @@ def tables(models: Sequence[Model], runs: Sequence[Run]) -> str:
 
 
 def _engine_table(runs: Sequence[Run]) -> str:
-    header = ["workers", "", "layers", "load s", "wire at load", "turns", "turns/token", "new shape"]
+    header = ["workers", "", "layers", "load s", "wire at load", "turns at load", "to 1st token", "per new shape"]
     header += ["solo ms", "ms/token", "over solo", "limit", *(kind for kind, _, _ in _KINDS), "late"]
-    rows = []
     turned = {(run.name, run.workers): run.turns for run in runs if run.turns}
-    links = {run.link for run in runs if run.name in ("ring", "upstream")} - {"lan"}
+    engines = [run for run in runs if run.name in ("ring", "upstream") and run.link != "lan"]
     # Runs that only counted have a row of their own where nothing else was measured.
-    counted_only = links == {"relayed"}
-    for run in runs:
-        if run.name == "solo" and run.loads.seconds:
-            row = ["0", "solo", "-", f"{statistics.median(run.loads.seconds):.2f}"]
-            rows.append([*row, *["-"] * (len(header) - len(row) - 1), f"{run.late_packets:.1%}"])
-        if run.name not in ("ring", "upstream") or run.link == "lan" or (run.link == "relayed") != counted_only:
-            continue
-        turns, token = turned.get((run.name, run.workers)), run.token
+    measured = [run for run in engines if run.link != "relayed"] or engines
+    rows = []
+    for run in (run for run in runs if run.name == "solo" and run.loads.seconds):
+        rows.append(["0", "solo", "-", f"{statistics.median(run.loads.seconds):.2f}", *["-"] * (len(header) - 4)])
+    for run in measured:
         row = [str(run.workers), run.name, "+".join(map(str, run.layers)) or "-"]
         row += [f"{statistics.median(run.loads.seconds):.2f}", size(statistics.median(run.loads.wire))]
-        row += (
-            [str(turns.to_first_token), f"{turns.per_token:.1f}", f"{turns.per_new_shape:.1f}"] if turns else ["-"] * 3
-        )
-        if token:
-            row += [f"{statistics.median(part):.1f}" for part in (token.solo_ms, token.ms, token.over_solo_ms)]
-        else:
-            row += ["-"] * 3
-        row.append(f"{run.limit_ms:.0f}")
-        for _, by, to in _KINDS:
-            carried = [
-                count
-                for link, count in (token.links if token else {}).items()
-                if link[0] == by and link.split(">")[1][0] == to
-            ]
-            row.append(size(max(carried)) if carried else "-")
-        rows.append([*row, f"{run.late_packets:.1%}"])
+        row += [*_turn_cells(turned.get((run.name, run.workers))), *_token_cells(run)]
+        rows.append(row)
     return markdown.markdown(header, rows) if rows else ""
+
+
+def _turn_cells(turns: Turns | None) -> list[str]:
+    if turns is None:
+        return ["-"] * 3
+    return [str(turns.to_healthy), str(turns.to_first_token), f"{turns.per_new_shape:.1f}"]
+
+
+def _token_cells(run: Run) -> list[str]:
+    token = run.token
+    if token is None:
+        return [*["-"] * 3, f"{run.limit_ms:.0f}", *["-"] * len(_KINDS), f"{run.late_packets:.1%}"]
+    cells = [f"{statistics.median(part):.1f}" for part in (token.solo_ms, token.ms, token.over_solo_ms)]
+    cells.append(f"{run.limit_ms:.0f}")
+    for _, by, to in _KINDS:
+        ends = [(link.split(">"), count) for link, count in token.links.items()]
+        carried = [count for (source, sink), count in ends if source[0] == by and sink[0] == to]
+        cells.append(size(max(carried)) if carried else "-")
+    return [*cells, f"{token.late_packets:.1%}"]
 
 
 def _visit_table(runs: Sequence[Run]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from bench.lab import Lab, Link, parse_link
 from bench.measure import GENERATION_PROMPT
 from bench.ring import questions, settings
-from bench.ring.questions import LARGE, SHORT, SMALL, Asker, Lengths
+from bench.ring.questions import LARGE, SMALL, Asker, Lengths
 from bench.ring.records import Model, Run
 from bench.servers import Setting, Task, machine_names
 from bench.settings import even_split
@@ -161,7 +161,7 @@ def _lab(link: Link, count: int, task: Task) -> Lab:
 
 @contextlib.contextmanager
 def _started(lab: Lab, task: Task, run: Run, *, count_turns: bool = False) -> Iterator[Setting]:
-    """The configuration of that run, with its load written down and its pushes looked at."""
+    """The configuration of that run, with its load written down."""
     counts = even_split(inspect(task.model).n_layers, run.workers + 1)
     if run.name == "upstream":
         context = settings.upstream(lab, task, run.workers, count_turns=count_turns)
@@ -180,15 +180,17 @@ def _loaded(run: Run, setting: Setting, counts: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def _asking(setting: Setting, run: Run) -> Iterator[Asker]:
+    """Asks until the block ends; then a ring is asked how it pushed."""
     with setting.lab.client(setting.client_node) as client:
         asker = Asker(setting, client, run)
-        if run.name == "ring":
-            asker.ask(GENERATION_PROMPT, SHORT)
-            pushes = settings.find_pushes(setting)
-            run.pushes, run.push_faults = list(pushes.made), list(pushes.faults)
-            for fault in pushes.faults:
-                print(f"\n*** NOT PUSHED, {run.workers} workers: {fault} ***", file=sys.stderr, flush=True)
         yield asker
+        if run.name != "ring":
+            return
+        asker.ask(GENERATION_PROMPT, 1)
+        pushes = settings.find_pushes(setting)
+        run.pushes, run.push_faults = list(pushes.made), list(pushes.faults)
+        for fault in pushes.faults:
+            print(f"\n*** NOT PUSHED, {run.workers} workers: {fault} ***", file=sys.stderr, flush=True)
 
 
 def _solo_run(plan: Plan, model: Model) -> Run:
