@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--link", default="20ms,30MB/s", metavar="NAME|SPEC")
     add("--workers", type=int, nargs="+", default=[1, 2, 3], metavar="N")
     add("--config", nargs="+", choices=("ring", "upstream"), default=["ring", "upstream"])
-    add("--runs", type=int, default=5, metavar="N", help="half as many of upstream, and of what takes long")
+    add("--runs", type=int, default=5, metavar="N", help="fewer of upstream, and of what takes long")
     add("--tokens", type=int, default=48, metavar="N", help="of an answer whose speed counts")
     add("--ctx-size", type=int, default=8192, metavar="N")
     add("--threads", type=int, default=1, metavar="N", help="per machine; with more than one, as many cores each")

@@ -28,7 +28,7 @@ class Plan:
     """What is wanted, and what came of it.
 
     Args:
-        runs: of what is quick; of upstream, and of what takes long, half as many.
+        runs: of what is quick; half as many of upstream and of short prompts, a third of what takes longest.
         tokens: of an answer whose speed counts.
     """
 
@@ -44,6 +44,10 @@ class Plan:
     @property
     def fewer(self) -> int:
         return (self.runs + 1) // 2
+
+    @property
+    def fewest(self) -> int:
+        return (self.runs + 2) // 3
 
     @property
     def middle(self) -> int:
@@ -104,7 +108,7 @@ def _prompts(plan: Plan, asker: Asker, lengths: Lengths) -> None:
     if timed:
         run.prompts.append(questions.ask_prompts(asker, lengths, SMALL, plan.fewer))
     if timed or ring:
-        run.prompts.append(questions.ask_prompts(asker, lengths, LARGE, plan.fewer if timed and ring else 1))
+        run.prompts.append(questions.ask_prompts(asker, lengths, LARGE, plan.fewest if timed and ring else 1))
         run.contexts = questions.ask_contexts(asker, lengths, plan.fewer if ring else 1)
 
 
@@ -134,7 +138,7 @@ def _quick_link(plan: Plan, task: Task, model: Model, lengths: Lengths) -> None:
         _asking(setting, run) as asker,
         _asking(single, alone) as solo,
     ):
-        for wanted, runs in ((SMALL, plan.runs), (LARGE, plan.fewer)):
+        for wanted, runs in ((SMALL, plan.runs), (LARGE, plan.fewest)):
             run.prompts.append(questions.ask_prompts(asker, lengths, wanted, runs, solo=solo))
         # Said by a single process too, so that there is something to compare with.
         questions.ask_contexts(solo, lengths, 1)

@@ -173,9 +173,9 @@ def test_quick_leaves_what_was_said_outright() -> None:
     assert (options.model, options.workers, options.runs) == (["noise-demo"], [3], 1)
 
 
-def test_upstream_and_what_takes_long_is_measured_half_as_often() -> None:
+def test_upstream_and_what_takes_long_is_measured_less_often() -> None:
     plan = Plan(parse_link("lan"), [1, 3], ["ring"], ["token"], runs=5, tokens=9)
-    assert (plan.fewer, plan.middle) == (3, 3)
+    assert (plan.fewer, plan.fewest, plan.middle) == (3, 2, 3)
 
 
 def test_the_tables_are_markdown_and_count_the_bars() -> None:
