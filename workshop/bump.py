@@ -1,4 +1,4 @@
-"""Moves the engine's pin to another source: the queue is applied to it, exactly where it fits, merged where it does not.
+"""Moves the engine's pin to another source: the queue is applied to it, exactly where it fits, else merged.
 
 The work happens in a scratch repository with two histories: the old source with the queue, and the new source, to which
 one patch after the other is brought. What does not apply exactly is a three-way merge of git's, whose base is the old
@@ -204,9 +204,7 @@ def finish(repository: Repository, move: Move, checkout: Path, say: Say) -> None
         say("The tests name some: tests/net/rpc_client.py, tests/net/rpc_frames.py.")
     if len(patches) != before:
         say(f"\n{before} patches became {len(patches)}.")
-    say(
-        "\nNext: bin/test, then the measurements whose figures the patches' headers tell, then commit patches/ and the pin."
-    )
+    say("\nNext: bin/test, then the measurements that the patches' headers tell; then commit patches/ and the pin.")
 
 
 def repinned(text: str, move: Move) -> str:

@@ -1,7 +1,7 @@
 """The patch queue as a git repository: the source, then one commit per patch, and back into files.
 
-A patch's header is its commit's message: the subject first, then what follows ``Subject:`` in the file, word for word. The
-name that the file had is kept in a last line of the message, without its number, which is the commit's place.
+A patch's header is its commit's message: the subject first, then what follows ``Subject:`` in the file, word for word.
+The name that the file had is kept in a last line of the message, without its number, which is the commit's place.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def _patch(repository: Repository, number: int, commit: str) -> Patch:
     difference = repository.git(
         "diff", "--no-color", "--no-ext-diff", "--no-renames", "--abbrev=7", "--unified=3", f"{commit}^", commit
     )
+    if "\ndeleted file mode " in difference:
+        raise GitError(f"commit {commit[:9]} ({lines[0]}) cannot be a patch: patches delete no files")
     content = f"{header}\n\n{difference}".encode(errors="surrogateescape")
     try:
         if not parse_patch(content):

@@ -12,13 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from mesh.engine import cache
-from mesh.engine.patching import apply_patch
+from mesh.engine.patching import apply_patch, parse_patch
 from mesh.engine.pin import SHA256, VERSION, Patch, read_queue, tree_in_archive
 from mesh.engine.source import sha256_of
 from mesh.errors import EngineError, MeshError, UsageError
 from workshop import engine_bump
 from workshop.bump import Move, checked_version, open_queue, repinned
-from workshop.repository import BASE, GitError, Repository, begin, export, message_of, write_queue
+from workshop.repository import BASE, GitError, Repository, add_patches, begin, export, message_of, write_queue
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not here")
 
@@ -289,7 +289,7 @@ def test_a_commit_that_deletes_a_file_is_no_patch(tmp_path: Path) -> None:
     repository = begin(tmp_path, "base")
     (tmp_path / "a").unlink()
     repository.commit("gone\n\nWhy: why not.\n")
-    with pytest.raises(GitError, match="cannot be a patch: not supported: deleted file"):
+    with pytest.raises(GitError, match="cannot be a patch: patches delete no files"):
         export(repository)
 
 
@@ -315,5 +315,15 @@ def test_this_versions_queue_survives_being_opened_and_exported(tmp_path: Path) 
     if not kept.is_file():
         pytest.skip("the engine's source is not in the cache: mesh engine build")
     queue = read_queue(Path(engine_bump.__file__).parents[1] / "patches")
-    repository = open_queue(tmp_path / "tree", kept, VERSION, queue)
+    changes = [change for patch in queue for change in parse_patch(patch.content)]
+    touched = {str(tree_in_archive(VERSION) / change.path): tmp_path / "tree" / change.path for change in changes}
+    with tarfile.open(kept, "r|gz") as members:
+        for member in members:
+            if target := touched.get(member.name):
+                content = members.extractfile(member)
+                assert content is not None
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content.read())
+    repository = begin(tmp_path / "tree", "the files that the queue touches")
+    add_patches(repository, queue)
     assert export(repository) == queue
