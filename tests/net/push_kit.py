@@ -48,8 +48,15 @@ async def push_ring(
     parallel: int = 4,
     context: int = 2048,
     strangers: Sequence[int] = (),
+    threads: int = 1,
+    options: Sequence[str] = (),
 ) -> AsyncIterator[PushRing]:
-    """A host and its workers, started; ``strangers`` are workers (from 0) that know no way to the next one."""
+    """A host and its workers, started.
+
+    Args:
+        strangers: workers (from 0) that know no way to the next one.
+        options: what the host's server is told besides what a mesh tells it.
+    """
     ports = [free_port() for _ in counts[1:]]
     async with contextlib.AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(delayed(port, delay_s)) for port in ports[1:]]
@@ -59,7 +66,7 @@ async def push_ring(
             launch = rpc_server_command(
                 engine,
                 worker_port,
-                threads=1,
+                threads=threads,
                 model_files=[file],
                 fingerprint=IDENTITY,
                 rpc_secret=SECRET,
@@ -76,9 +83,10 @@ async def push_ring(
             file,
             port,
             [f"127.0.0.1:{link.port}" for link in links],
-            threads=1,
+            threads=threads,
             rpc_secret=SECRET,
         )
+        launch = Launch((*launch.argv, *options), launch.env)
         host = await stack.enter_async_context(running(launch))
         yield PushRing(port, host, workers, links, peers, launch)
 
