@@ -1,7 +1,8 @@
 """How much memory a ring sets aside for conversations that lost their slot. Pure.
 
-A conversation's KV cache lies with its layers, so what is kept of it is spread over the ring as the cache is: the member
-with the least to spare for its share decides for all. Half of what the layout leaves of a machine stays its owner's.
+A conversation's KV cache lies with its layers, so what is kept of it is spread over the ring as the cache is: the
+member with the least to spare for its share decides for all. Half of what the layout leaves of a machine stays its
+owner's.
 """
 
 from __future__ import annotations

@@ -137,8 +137,7 @@ async def ring(
             )
             launch = Launch(launch.argv, {**launch.env, **(environment or {})})
             workers.append(await stack.enter_async_context(running(launch)))
-        for worker in workers:
-            await eventually(lambda worker=worker: "mesh-listening" in worker.text)
+        await eventually(lambda: all("mesh-listening" in worker.text for worker in workers))
         relays = await stack.enter_async_context(relayed(ports))
         plan = planned(counts, kept, parallel)
         port = free_port()
@@ -199,7 +198,7 @@ async def test_a_model_with_a_sliding_window_comes_back_too(engine: Engine, mode
         expected = [(await never_left.say(one)).said for _ in range(3)]
     async with ring(engine, file, [2, 4]) as server:
         one, other = Conversation.of(1), Conversation.of(2)
-        said = []
+        said: list[list[int]] = []
         for _ in range(3):
             server.seed = len(said)
             turn = await server.say(one)
@@ -343,9 +342,7 @@ async def test_a_copy_outside_of_a_buffer_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["unknown source", "unknown target", "onto itself", "short", "long"])
-async def test_a_copy_that_makes_no_sense_is_refused(
-    engine: Engine, models: Callable[[str], Path], kind: str
-) -> None:
+async def test_a_copy_that_makes_no_sense_is_refused(engine: Engine, models: Callable[[str], Path], kind: str) -> None:
     async with rpc_server(engine, models("llama")) as server:
         client = await server.client()
         here, there = await Memory.of(client, 4096), await Memory.of(client, 4096)

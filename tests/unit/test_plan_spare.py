@@ -44,13 +44,15 @@ def test_a_model_without_a_cache_keeps_nothing() -> None:
     assert kept([0, 0], [1, 1], [GB, GB]) == 0
 
 
-# Whatever the layers and the members, nobody keeps more than half of what it has left, and the shares are within the whole.
+# Whatever the layers and the members, nobody keeps more than half of what it has left; shares are within the whole.
 @given(
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1 << 34)), min_size=1, max_size=6),
     st.integers(0, 1 << 20),
     st.randoms(use_true_random=False),
 )
-def test_nobody_gives_more_than_half_of_what_is_left(members: list[tuple[int, int]], largest: int, draw: object) -> None:
+def test_nobody_gives_more_than_half_of_what_is_left(
+    members: list[tuple[int, int]], largest: int, draw: object
+) -> None:
     counts = [count for count, _ in members]
     if sum(counts) == 0:
         return
