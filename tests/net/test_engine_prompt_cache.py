@@ -28,7 +28,7 @@ from tests.net.engine_kit import Process, Relay, ask, free_port, relayed, runnin
 from tests.net.push_kit import Memory, rpc_server, tensor
 from tests.net.rpc_client import DEVICE_COUNT, SET_TENSOR
 from tests.net.test_engine_door import IDENTITY, SECRET, closed
-from tests.unit.test_engine_commands import layout
+from tests.unit.test_engine_commands import IDS, layout
 
 pytestmark = pytest.mark.engine
 
@@ -131,9 +131,15 @@ async def ring(
     ports = [free_port() for _ in counts[1:]]
     async with contextlib.AsyncExitStack() as stack:
         workers = []
-        for port in ports:
+        for n, port in enumerate(ports):
             launch = rpc_server_command(
-                engine, port, threads=1, model_files=[file], fingerprint=IDENTITY, rpc_secret=SECRET
+                engine,
+                port,
+                threads=1,
+                model_files=[file],
+                fingerprint=IDENTITY,
+                rpc_secret=SECRET,
+                peers={IDS[n + 2]: f"127.0.0.1:{ports[n + 1]}"} if n + 1 < len(ports) else {},
             )
             launch = Launch(launch.argv, {**launch.env, **(environment or {})})
             workers.append(await stack.enter_async_context(running(launch)))
