@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from mesh.engine.commands import Launch, llama_server_command, rpc_server_comman
 from mesh.wire.facts import Layout
 from tests.eventually import eventually
 from tests.fakes.architectures import KINDS, LAYERS, VOCAB, WIDTH, write_architecture
+from tests.net.cli_kit import a_place
 from tests.net.engine_kit import Process, Relay, ask, free_port, relayed, running, serving
 from tests.net.push_kit import Memory, rpc_server, tensor
 from tests.net.rpc_client import DEVICE_COUNT, SET_TENSOR
@@ -301,6 +303,28 @@ async def test_three_conversations_on_two_slots(engine: Engine, models: Callable
         found = await turns(server)
     assert [turn.said for turn in found] == [turn.said for turn in expected]
     assert all(turn.computed <= 13 for turn in found[3:])
+
+
+def test_a_mesh_sets_memory_aside_and_uses_it(tmp_path: Path) -> None:
+    with contextlib.contextmanager(a_place)(tmp_path) as place:
+        kitchen = place.start("up", "--demo", "--split", "always")
+        kitchen.wait_for("ready ")
+        attic = place.start("up", "--join", kitchen.invite(), name="attic")
+        kitchen.wait_serving(ring=2)
+        attic.wait_serving(ring=2)
+        assert kitchen.status()["layout"]["prompt_cache_bytes"] >= MIB
+        assert " for earlier conversations" in kitchen.run("status").out
+
+        def cached(name: str) -> int:
+            body = {"model": "mesh-demo", "prompt": f"{name} " * 200, "max_tokens": 4, "temperature": 0}
+            usage = httpx.post(f"{attic.api}/v1/completions", json=body, timeout=60).json()["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        # Two slots, and three who take turns.
+        first = [cached(name) for name in ("river", "stone", "winter")]
+        again = [cached(name) for name in ("river", "stone", "winter")]
+        assert max(first) < 10
+        assert min(again) >= 200 - 2
 
 
 async def test_bytes_are_copied_in_the_order_of_commands(engine: Engine, models: Callable[[str], Path]) -> None:
