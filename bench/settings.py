@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from bench import servers
 from bench.lab import Lab
@@ -32,7 +32,9 @@ def layout_of(task: Task, counts: Sequence[int]) -> Layout:
         layers = (at, at + count - 1) if count else None
         ring.append(RingMember(name, name, layers, sum(model.layer_bytes[at : at + count]), "CPU"))
         at += count
-    return Layout("split" if len(ring) > 1 else "solo", HOST, model, tuple(ring), ctx_size=task.ctx_size, parallel=1)
+    mode: Literal["solo", "split"] = "split" if len(ring) > 1 else "solo"
+    kept = 2 * task.ctx_size * sum(model.kv_bytes_per_token)  # as a plan gives with memory to spare
+    return Layout(mode, HOST, model, tuple(ring), ctx_size=task.ctx_size, parallel=1, prompt_cache_bytes=kept)
 
 
 @contextlib.contextmanager

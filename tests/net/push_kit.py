@@ -175,14 +175,14 @@ class Memory:
     async def of(cls, client: Client, size: int) -> Memory:
         return cls(client, *await client.buffer(size))
 
-    def request(self, number: int, size: int, channel: int = 0, at: int = 0) -> bytes:
-        return struct.pack("<IQQQQ", channel, number, self.handle, self.base + at, size)
+    def request(self, number: int, size: int, channel: int = 0, at: int = 0, half: int = 0) -> bytes:
+        return struct.pack("<IQQQQB", channel, number, self.handle, self.base + at, size, half)
 
     def expect(self, number: int, size: int, channel: int = 0, at: int = 0) -> None:
         self.client.tell(PUSH_EXPECT, self.request(number, size, channel, at))
 
     async def read(self, size: int, at: int = 0) -> bytes:
-        body = tensor(self.handle, self.base + at, size) + struct.pack("<QQ", 0, size)
+        body = tensor(self.handle, self.base + at, size) + struct.pack("<QQB", 0, size, 0)
         return await self.client.ask(GET_TENSOR, body)
 
     def write(self, data: bytes) -> None:

@@ -79,7 +79,7 @@ class Session:
             self.client.tell(SET_TENSOR, tensor.packed() + struct.pack("<BQ", 0, 0) + values.tobytes())
         self.client.tell(GRAPH_COMPUTE, arena.graph().message(place=3))
         self.client.tell(GRAPH_RECOMPUTE, struct.pack("<II", 0, 3))
-        got = await self.client.ask(GET_TENSOR, arena.tensors[2].packed() + struct.pack("<QQ", 0, 64))
+        got = await self.client.ask(GET_TENSOR, arena.tensors[2].packed() + struct.pack("<QQB", 0, 64, 0))
         assert np.array_equal(np.frombuffer(got, np.float32).reshape(4, 4), b @ a.T)
 
     def graph(self, name: str) -> Graph:
@@ -100,7 +100,7 @@ def _tensor(session: Session, chance: random.Random) -> Tensor:
 def messages(session: Session, chance: random.Random) -> list[Message]:
     """One of every command, all as they should be but for what they free or wait for."""
     tensor, other = _tensor(session, chance), replace(_tensor(session, chance), data=session.arena_base + 32768)
-    push = struct.pack("<IQQQQ", 0, 0, session.arena, session.arena_base, 64)
+    push = struct.pack("<IQQQQB", 0, 0, session.arena, session.arena_base, 64, chance.randrange(2))
     item = ITEM.pack(b"blk.0.attn_norm.weight", 0, 0, 128, 1, 1, 1, 512, 0, session.arena, session.arena_base)
     device = struct.pack("<I", 0)
     return [
@@ -110,9 +110,9 @@ def messages(session: Session, chance: random.Random) -> list[Message]:
         Message(3, struct.pack("<Q", session.arena), True),
         Message(FREE_BUFFER, struct.pack("<Q", session.zeros)),
         Message(BUFFER_CLEAR, struct.pack("<QB", session.arena, 1)),
-        Message(SET_TENSOR, tensor.packed() + struct.pack("<BQ", 0, 0) + bytes(64)),
+        Message(SET_TENSOR, tensor.packed() + struct.pack("<BQ", chance.choice((0, 2)), 0) + bytes(32)),
         Message(7, tensor.packed() + struct.pack("<QQ", 0, 1), True),
-        Message(GET_TENSOR, tensor.packed() + struct.pack("<QQ", 0, 64), True),
+        Message(GET_TENSOR, tensor.packed() + struct.pack("<QQB", 0, 64, chance.randrange(2)), True),
         Message(COPY_TENSOR, tensor.packed() + replace(other, ne=tensor.ne).packed(), True),
         Message(GRAPH_COMPUTE, session.graph(chance.choice(GRAPHS)).message()),
         Message(11, device, True),
@@ -125,6 +125,10 @@ def messages(session: Session, chance: random.Random) -> list[Message]:
         Message(LOAD_LOCAL, b"f" * 64 + item, True),
         Message(PUSH_OPEN, struct.pack("<Q", GENERATION)),
         Message(21, struct.pack("<QI128s", GENERATION, 0, b"nobody"), True),
+        Message(
+            24, struct.pack("<5Q", session.arena, session.arena_base, session.arena, session.arena_base + 4096, 64)
+        ),
+        Message(25, struct.pack("<QI128s", GENERATION, 1, b"nobody")),
         Message(22, push),
         Message(PUSH_EXPECT, push),
     ]
@@ -351,7 +355,8 @@ class Fuzz:
         if chance.random() < 0.3:
             number, size = chance.choice([0, *EDGES]), chance.choice([64, 64, *EDGES])
             await self._say(
-                session, Message(PUSH_EXPECT, struct.pack("<IQQQQ", 0, number, session.arena, session.arena_base, size))
+                session,
+                Message(PUSH_EXPECT, struct.pack("<IQQQQB", 0, number, session.arena, session.arena_base, size, 0)),
             )
         else:
             await self._heard(session, False)
