@@ -64,7 +64,6 @@ def program(request: pytest.FixtureRequest) -> Path:
         if engine is None:
             pytest.skip("the engine is not built: mesh engine build")
         return engine.rpc_server
-    if override := os.environ.get("CHK"):
         return Path(override)
     checked = find_checked()
     if checked is None:
@@ -221,6 +220,14 @@ async def test_no_buffers_are_promised_beyond_what_the_device_has(program: Path)
         total = psutil.virtual_memory().total
         assert await session.client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, total)) == bytes(24)
         assert await session.client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, 1 << 20)) != bytes(24)
+        server.is_unharmed()
+
+
+async def test_a_coding_of_no_bytes_is_no_message(program: Path) -> None:
+    async with serving(program) as server:
+        session = await Session.begin(server.port, SECRET)
+        session.client.tell_coded(ALLOC_BUFFER, b"", 12)
+        assert await _hung_up(session.client)
         server.is_unharmed()
 
 
