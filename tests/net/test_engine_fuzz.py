@@ -64,7 +64,6 @@ def program(request: pytest.FixtureRequest) -> Path:
         if engine is None:
             pytest.skip("the engine is not built: mesh engine build")
         return engine.rpc_server
-        return Path(override)
     checked = find_checked()
     if checked is None:
         pytest.skip("LEFT OUT: the server with sanitizers is not built: bin/env --dev -m workshop.checked")
