@@ -26,7 +26,7 @@ from mesh.engine.commands import Launch
 from tests.eventually import eventually
 from tests.net.engine_kit import Process, free_port, running
 from tests.net.rpc_client import ALLOC_BUFFER, DEVICE_COUNT, GRAPH_COMPUTE, SET_TENSOR, Client
-from tests.net.rpc_frames import F16, F32, I32, OP, Graph, Tensor
+from tests.net.rpc_frames import F16, F32, I32, OP, Q8_0, Graph, Tensor
 from tests.net.rpc_fuzz import ARENA, COPY_TENSOR, Fuzz, Session, deep_graph
 from tests.net.rpc_graphs import GRAPHS
 from workshop.checked import find_checked
@@ -160,6 +160,11 @@ def _rotation(session: Session) -> Graph:
     return _one(session, *sources, op=OP["ROPE"], ne=(16, 2, 3, 1), params=(0, 16, 8))
 
 
+def _blocks_apart(session: Session) -> Graph:
+    target = {"kind": Q8_0, "ne": (32, 4, 1, 1), "nb": (34000, 34, 136, 136)}
+    return _one(session, _tensor(32, 4), _tensor(32, 4, kind=Q8_0), op=OP["CPY"], **target)
+
+
 REFUSED: dict[str, Callable[[Session], Graph]] = {
     "an address of a function": lambda s: _one(s, _tensor(8, 4), op=OP["MAP_CUSTOM1"], params=(2**20, 0, 1)),
     "an address of a function and no source": lambda s: _one(s, op=OP["CUSTOM"], params=(2**20, 0, 1)),
@@ -177,6 +182,7 @@ REFUSED: dict[str, Callable[[Session], Graph]] = {
     "a function that does not exist": lambda s: _one(s, _tensor(8, 4), op=OP["UNARY"], params=(22,)),
     "a rotation of no sections": _rotation,
     "an address between two floats": _askew,
+    "single blocks that claim to be far apart": _blocks_apart,
 }
 
 
