@@ -49,7 +49,7 @@ def find_checked() -> Checked | None:
     """The finished build for this version of mesh and this machine, or None."""
     directory = entry_named(_NAME, _flags())
     programs = open_programs(directory, _PROGRAMS)
-    return None if programs is None else Checked(*programs, directory / _SCRIPT)
+    return None if programs is None else Checked(programs[0], programs[1], directory / _SCRIPT)
 
 
 def build_checked() -> Checked:

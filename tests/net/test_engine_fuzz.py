@@ -26,7 +26,7 @@ from mesh.engine.commands import Launch
 from tests.eventually import eventually
 from tests.net.engine_kit import Process, free_port, running
 from tests.net.rpc_client import ALLOC_BUFFER, DEVICE_COUNT, GRAPH_COMPUTE, SET_TENSOR, Client
-from tests.net.rpc_frames import F16, F32, I32, OP, Graph, Tensor
+from tests.net.rpc_frames import F16, F32, I32, OP, Q8_0, Graph, Tensor
 from tests.net.rpc_fuzz import ARENA, COPY_TENSOR, Fuzz, Session, deep_graph
 from tests.net.rpc_graphs import GRAPHS
 from workshop.checked import find_checked
@@ -64,8 +64,6 @@ def program(request: pytest.FixtureRequest) -> Path:
         if engine is None:
             pytest.skip("the engine is not built: mesh engine build")
         return engine.rpc_server
-    if override := os.environ.get("CHK"):
-        return Path(override)
     checked = find_checked()
     if checked is None:
         pytest.skip("LEFT OUT: the server with sanitizers is not built: bin/env --dev -m workshop.checked")
@@ -162,6 +160,11 @@ def _rotation(session: Session) -> Graph:
     return _one(session, *sources, op=OP["ROPE"], ne=(16, 2, 3, 1), params=(0, 16, 8))
 
 
+def _blocks_apart(session: Session) -> Graph:
+    target = {"kind": Q8_0, "ne": (32, 4, 1, 1), "nb": (34000, 34, 136, 136)}
+    return _one(session, _tensor(32, 4), _tensor(32, 4, kind=Q8_0), op=OP["CPY"], **target)
+
+
 REFUSED: dict[str, Callable[[Session], Graph]] = {
     "an address of a function": lambda s: _one(s, _tensor(8, 4), op=OP["MAP_CUSTOM1"], params=(2**20, 0, 1)),
     "an address of a function and no source": lambda s: _one(s, op=OP["CUSTOM"], params=(2**20, 0, 1)),
@@ -179,6 +182,7 @@ REFUSED: dict[str, Callable[[Session], Graph]] = {
     "a function that does not exist": lambda s: _one(s, _tensor(8, 4), op=OP["UNARY"], params=(22,)),
     "a rotation of no sections": _rotation,
     "an address between two floats": _askew,
+    "single blocks that claim to be far apart": _blocks_apart,
 }
 
 
@@ -221,6 +225,14 @@ async def test_no_buffers_are_promised_beyond_what_the_device_has(program: Path)
         total = psutil.virtual_memory().total
         assert await session.client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, total)) == bytes(24)
         assert await session.client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, 1 << 20)) != bytes(24)
+        server.is_unharmed()
+
+
+async def test_a_coding_of_no_bytes_is_no_message(program: Path) -> None:
+    async with serving(program) as server:
+        session = await Session.begin(server.port, SECRET)
+        session.client.tell_coded(ALLOC_BUFFER, b"", 12)
+        assert await _hung_up(session.client)
         server.is_unharmed()
 
 
