@@ -34,7 +34,7 @@ class Sockets:
         if (node, port) not in self._open:
             made = self.lab.socket(node, kind=socket.SOCK_DGRAM)
             made.bind(("", port))
-            made.settimeout(1)
+            made.settimeout(3)
             self._open[node, port] = made
         return self._open[node, port]
 
@@ -50,16 +50,20 @@ class Sockets:
         assert isinstance(address, tuple)
         return address
 
-    def reaches(self, source: str, to: Address, node: str, port: int = PORT) -> bool:
+    def reaches(self, source: str, to: Address, node: str, port: int = PORT, *, within: float = 3.0) -> bool:
         """Whether a packet from a machine's port to an address gets to ``node``."""
-        self.at(node).settimeout(0.15)
+        self.at(node).settimeout(within)
         self.at(source, port).sendto(b"!", to)
         try:
             return self.hear(node, b"!") is not None
         except TimeoutError:
             return False
         finally:
-            self.at(node).settimeout(1)
+            self.at(node).settimeout(3)
+
+    def misses(self, source: str, to: Address, node: str, port: int = PORT) -> bool:
+        """Whether it does not; a busy machine is given no time to be late here, as there is nothing to wait for."""
+        return not self.reaches(source, to, node, port, within=0.15)
 
     def close(self) -> None:
         for made in self._open.values():
@@ -78,26 +82,23 @@ def lab_of(nodes: str, **options: object) -> Iterator[tuple[Lab, Sockets]]:
 
 def test_every_kind_maps_and_filters_as_it_says() -> None:
     homes = {"cone": "full-cone", "addr": "address-restricted", "port": "port-restricted", "sym": "symmetric"}
+    answers = {
+        "full-cone": (True, True, True),
+        "address-restricted": (True, True, False),
+        "port-restricted": (True, False, False),
+        "symmetric": (True, False, False),
+    }
     with lab_of("cone addr port sym p q stranger", nat=homes) as (lab, at):
-        verdicts = {}
+        assert set(answers) == set(KINDS)
         for node, kind in homes.items():
             first = at.seen(node, "p")
             assert first[0] == lab.public_address(node) != lab.address(node)
             same_everywhere = at.seen(node, "q") == at.seen(node, "p", PORT + 1) == first
             # By now "p" at two ports and "q" were written to; "p" at a third port and the stranger were not.
-            verdicts[kind] = (
-                same_everywhere,
-                at.reaches("p", first, node),
-                at.reaches("p", first, node, PORT + 2),
-                at.reaches("stranger", first, node),
-            )
-        assert verdicts == {
-            "full-cone": (True, True, True, True),
-            "address-restricted": (True, True, True, False),
-            "port-restricted": (True, True, False, False),
-            "symmetric": (False, True, False, False),
-        }
-        assert set(verdicts) == set(KINDS)
+            same, other_port, other_host = answers[kind]
+            assert same_everywhere == (kind != "symmetric")
+            for passes, who, port in ((same, "p", PORT), (other_port, "p", PORT + 2), (other_host, "stranger", PORT)):
+                assert (at.reaches if passes else at.misses)(who, first, node, port), (kind, who, port)
         assert lab.nat_state("sym").refused_in == 2
 
 
@@ -110,7 +111,7 @@ def test_two_machines_behind_one_nat_are_told_apart_and_meet_at_home() -> None:
             assert at.reaches("p", address, node)
         at.at("a").sendto(b"neighbour", (lab.address("b"), PORT))
         assert at.hear("b", b"neighbour") == (lab.address("a"), PORT)
-        assert not at.reaches("a", seen["b"], "b")
+        assert at.misses("a", seen["b"], "b")
         assert lab.counters()["a", "b"].packets == 1
 
 
@@ -196,16 +197,15 @@ def test_a_forwarded_port_lets_strangers_in() -> None:
 
 
 def test_silence_ends_a_mapping() -> None:
-    homes = {"flat": Home("full-cone", ("a",), udp_timeout_s=0.2)}
+    homes = {"flat": Home("full-cone", ("a",), udp_timeout_s=0.4)}
     with lab_of("a p", homes=homes) as (lab, at):
         seen = at.seen("a", "p")
-        assert lab.nat_state("a").mapped[0].outside == seen
         # An answer that asks for more must not keep it open.
         while lab.nat_state("a").mapped:
             at.at("p").sendto(b"!", seen)
-        while at.reaches("p", seen, "a"):  # what had been let in
+        while at.reaches("p", seen, "a", within=0.15):  # what had been let in
             pass
-        assert not at.reaches("p", seen, "a")
+        assert at.misses("p", seen, "a")
         assert lab.nat_state("a").refused_in
 
 
@@ -214,10 +214,10 @@ def test_a_rebooted_nat_forgets_and_a_renumbered_one_is_elsewhere() -> None:
         seen = at.seen("a", "p")
         assert at.reaches("p", seen, "a")
         lab.reboot_nat("a")
-        assert not at.reaches("p", seen, "a")
+        assert at.misses("p", seen, "a")
         assert at.seen("a", "p") == seen
         assert lab.renumber("a") == lab.public_address("a") != seen[0]
-        assert not at.reaches("p", seen, "a")
+        assert at.misses("p", seen, "a")
         assert at.seen("a", "p") == (lab.public_address("a"), PORT)
 
 
@@ -227,7 +227,7 @@ def test_a_laptop_moves_with_its_sockets() -> None:
         home = lab.address("a")
         assert lab.move("a") == lab.address("a") == lab.public_address("a") != home
         assert at.seen("a", "p") == (lab.address("a"), PORT)
-        assert not at.reaches("p", old, "a")
+        assert at.misses("p", old, "a")
         lab.move("a", to="b")
         assert at.seen("a", "p")[0] == lab.public_address("b") == at.seen("b", "p")[0]
         at.at("a").sendto(b"guest", (lab.address("b"), PORT))
@@ -245,7 +245,7 @@ def test_cuts_and_counters_are_between_machines_whatever_lies_between() -> None:
         assert at.reaches("a", seen["b"], "b")
         assert lab.counters()["a", "b"].packets == 1
         lab.cut("a", "b")
-        assert not at.reaches("a", seen["b"], "b")
+        assert at.misses("a", seen["b"], "b")
         assert at.reaches("p", seen["b"], "b")
         lab.heal("a", "b")
         assert at.reaches("a", seen["b"], "b")
@@ -253,9 +253,9 @@ def test_cuts_and_counters_are_between_machines_whatever_lies_between() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"nat": {"a": "full-cone"}}])
 def test_one_protocol_can_be_swallowed(options: dict[str, object]) -> None:
-    def connects(lab: Lab, source: str) -> bool:
+    def connects(lab: Lab, source: str, within: float = 5.0) -> bool:
         with lab.socket(source) as caller:
-            caller.settimeout(0.3)
+            caller.settimeout(within)
             try:
                 caller.connect((lab.address("b"), PORT))
             except TimeoutError:
@@ -266,14 +266,14 @@ def test_one_protocol_can_be_swallowed(options: dict[str, object]) -> None:
         listener.bind(("", PORT))
         listener.listen()
         lab.block("a", "b", "tcp")
-        assert not connects(lab, "a")
+        assert not connects(lab, "a", 0.3)
         assert connects(lab, "c")
         assert at.seen("a", "b")
         assert lab.counters()["a", "b"].dropped
         lab.unblock("a", "b", "tcp")
         assert connects(lab, "a")
         lab.block("a", "b", "udp")
-        assert not at.reaches("a", (lab.address("b"), PORT), "b")
+        assert at.misses("a", (lab.address("b"), PORT), "b")
         assert connects(lab, "a")
 
 
@@ -289,9 +289,9 @@ def test_multicast_stays_at_home() -> None:
         assert not any(counters["a", node].packets for node in ("c", "p"))
 
 
-def ask(lab: Lab, node: str, port: int) -> bytes:
+def ask(lab: Lab, node: str, port: int, within: float = 3.0) -> bytes:
     with lab.socket(node, kind=socket.SOCK_DGRAM) as asking:
-        asking.settimeout(0.5)
+        asking.settimeout(within)
         asking.sendto(struct.pack("!HHI", 1, 0, 0x2112A442) + bytes(12), (lab.address("p"), port))
         return asking.recv(200)
 
@@ -320,7 +320,7 @@ def test_stun_servers_tell_the_truth_lie_keep_silent_or_babble() -> None:
         assert xored(*mapped.outside) in truth
         assert xored("6.6.6.6", 666) in ask(lab, "a", 2)
         with pytest.raises(TimeoutError):
-            ask(lab, "a", 3)
+            ask(lab, "a", 3, 0.3)
         assert ask(lab, "a", 4)[:20] == truth[:20]
 
 
@@ -334,7 +334,7 @@ def test_in_a_lab_without_homes_addresses_change_too() -> None:
         old = lab.address("a")
         assert lab.move("a") != old
         assert at.seen("a", "b") == (lab.address("a"), PORT)
-        assert not at.reaches("b", (old, PORT), "a")
+        assert at.misses("b", (old, PORT), "a")
         six = lab.socket("a", socket.AF_INET6, socket.SOCK_DGRAM)
         with six, lab.socket("b", socket.AF_INET6, socket.SOCK_DGRAM) as listener:
             listener.bind(("::", PORT + 1))
