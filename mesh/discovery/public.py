@@ -89,10 +89,10 @@ class Witnesses:
 
 
 def is_public(address: str) -> bool:
-    """Could this be where a node is seen from another machine? Loopback counts: tests live there."""
+    """Could this be where a node is seen from another machine?"""
     try:
         host, _ = split_address(address)
         ip = ipaddress.ip_address(host)
     except (UsageError, ValueError):
         return False
-    return not (ip.is_multicast or ip.is_unspecified or ip.is_link_local) and len(address) <= 64
+    return not (ip.is_loopback or ip.is_multicast or ip.is_unspecified or ip.is_link_local) and len(address) <= 64

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from mesh.membership.introducer import Bucket
 from mesh.wire.facts import NodeId
 from mesh.wire.messages import Apart, Carried, Carry, Introduce, Meet
 
@@ -32,7 +33,9 @@ FIRST_DIRECT_S = 10.0
 LAST_DIRECT_S = 300.0
 HELPERS = 3
 REDIAL_S = 1.0
-"""A member may make us dial another one so often: each dial is a few packets to each of at most eight addresses."""
+"""Others may make us dial one member so often: each dial is a few packets to each of at most six addresses."""
+DIALS_PER_S, DIALS_AT_ONCE = 2.0, 40.0
+"""All members together; after a change of network everybody is dialed at once."""
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
@@ -166,6 +169,7 @@ class Crossing:
         self._wants: dict[NodeId, _Want] = {}
         self._helpers: dict[NodeId, Helper] = {}
         self._dialed: dict[NodeId, float] = {}
+        self._dials = Bucket(DIALS_PER_S, DIALS_AT_ONCE, 0.0)
 
     def next_timer(self) -> float | None:
         """When to send :class:`Tick` at the latest; None while every member is linked directly."""
@@ -270,7 +274,7 @@ class Crossing:
         if want is not None:
             want.vias[via] = rtt_ms
             want.asked.discard(via)
-        if now - self._dialed.get(peer, -REDIAL_S) < REDIAL_S or not addresses:
+        if not addresses or now - self._dialed.get(peer, float("-inf")) < REDIAL_S or not self._dials.take(1, now):
             return []
         self._dialed[peer] = now
         return [Dial(peer, addresses)]

@@ -39,6 +39,11 @@ class Bucket:
         self._rate, self._burst = rate, burst
         self._full, self._at = burst, now
 
+    @property
+    def is_full(self) -> bool:
+        """Nothing was taken, or it was long ago; as of the last ``take``."""
+        return self._full >= self._burst
+
     def take(self, amount: float, now: float) -> bool:
         """Is there room for ``amount``? Then it is used up."""
         self._full = min(self._burst, self._full + (now - self._at) * self._rate)
@@ -96,9 +101,8 @@ class Introducer:
 
     def gone(self, node: NodeId) -> None:
         """Its link is lost. What it may ask for does not grow by that: only buckets that are full are forgotten."""
-        for buckets, size in ((self._askers, self.ASKS_AT_ONCE), (self._targets, self.MEETS_AT_ONCE)):
-            bucket = buckets.get(node)
-            if bucket is not None and bucket._full >= size:
+        for buckets in (self._askers, self._targets):
+            if node in buckets and buckets[node].is_full:
                 del buckets[node]
 
     def introduce(

@@ -29,6 +29,8 @@ LEAST_S = 10.0
 """Between two rounds, however many links are lost."""
 ROUND_S = 300.0
 """Between two rounds of all servers when nothing happens."""
+TELL_S = 2.0
+"""Between two times that the others are told: a member could claim another address for us with every packet."""
 RESOLVE_WITHIN_S = 5.0
 STUN_PORT = 3478
 MAX_PUBLIC = 4
@@ -65,6 +67,8 @@ class Whereabouts:
         self._own = self._look_around()
         self._seen = Seen()
         self._told = self.addresses
+        self._told_at = float("-inf")
+        self._telling: asyncio.TimerHandle | None = None
         self._answering: stun.Target | None = None
         self._last_round = self._next_round = self._next_question = 0.0
         self._kick = asyncio.Event()
@@ -90,6 +94,8 @@ class Whereabouts:
     async def close(self) -> None:
         """Look no more."""
         self._client.stop()
+        if self._telling is not None:
+            self._telling.cancel()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -153,6 +159,12 @@ class Whereabouts:
 
     def _conclude(self) -> None:
         self._seen = self._witnesses.conclude(self._own)
+        if self.addresses != self._told and self._telling is None:
+            wait = max(0.0, self._told_at + TELL_S - self._clock.now())
+            self._telling = asyncio.get_running_loop().call_later(wait, self._tell)
+
+    def _tell(self) -> None:
+        self._telling, self._told_at = None, self._clock.now()
         addresses = self.addresses
         if addresses != self._told:
             log.info("this node is at %s (%s)", ", ".join(addresses), self._seen.kind)

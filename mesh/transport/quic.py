@@ -1,6 +1,7 @@
 """QUIC with pinned keys: the only place that touches what aioquic does not promise.
 
-aioquic's state machine is used as it is, with six changes, each guarded by ``tests/net/test_transport_contract.py``:
+aioquic's state machine is used as it is, with six changes, each guarded by
+``tests/net/test_transport_contract.py`` or ``test_transport_paths.py``:
 
 - The server asks for a client certificate. aioquic verifies that the client holds the certificate's key, but accepts
   that there is none: :meth:`PinnedQuic.peer_public_key` is then None, and the caller must refuse.

@@ -105,6 +105,37 @@ async def test_two_that_cannot_reach_each_other_are_linked_through_a_third(party
     assert link.connection.peer_key == b.key.public
 
 
+async def test_the_third_sees_nothing_of_what_it_carries_and_cannot_change_it(party: Party) -> None:
+    [relay], a, b, _ = await parted(party, "relay")
+    secret = b"the words of this prompt" * 10
+    seen: list[bytes] = []
+    count = 0
+
+    def meddling(send: Any) -> Any:
+        def sent(data: bytes) -> bool:
+            nonlocal count
+            seen.append(data)
+            count += 1
+            if count % 7 == 0:  # a flipped bit
+                data = data[:-1] + bytes((data[-1] ^ 1,))
+            if count % 11 == 0:  # again, what was carried before
+                send(seen[count // 2])
+            return bool(send(data))
+
+        return sent
+
+    for peer in (a, b):
+        link = relay.links.link(peer.key.id)
+        assert link is not None
+        link.connection.send_datagram = meddling(link.connection.send_datagram)  # type: ignore[method-assign]
+    stream, _ = await open_echo(a, b)
+    for _ in range(30):
+        await stream.write(secret)
+        assert await stream.read_exactly(len(secret)) == secret
+    assert count > 60
+    assert not any(secret[:8] in data for data in seen)
+
+
 async def test_a_relayed_link_moves_to_a_direct_path_and_its_streams_go_on(party: Party) -> None:
     [relay], a, b, wall = await parted(party, "relay")
     stream, _ = await open_echo(a, b)

@@ -82,9 +82,9 @@ async def place() -> AsyncIterator[Place]:
 async def test_what_two_servers_say_is_told_after_what_the_owner_says(place: Place) -> None:
     await place.servers_that_say(NAT, NAT)
     where = await place.look(advertise=("home.example:7842",))
-    await eventually(lambda: place.moves and where.seen.addresses)
+    await eventually(lambda: where.seen.addresses)
     assert where.addresses == ("home.example:7842", place.own, NAT)
-    assert place.moves[-1] == where.addresses
+    await eventually(lambda: place.moves and place.moves[-1] == where.addresses)
     assert {addr[1] for server in place.servers for addr in server.asked} == {int(place.own.rpartition(":")[2])}
 
 
@@ -128,3 +128,12 @@ async def test_answers_nobody_asked_for_are_ignored(place: Place) -> None:
         assert where.addresses == (place.own, NAT)
     finally:
         stranger.transport.close()
+
+
+async def test_a_member_that_changes_its_mind_all_the_time_does_not_make_us_tell_everybody(place: Place) -> None:
+    where = await place.look()
+    for port in range(1, 500):
+        where.member_sees("a" * 26, f"203.0.113.7:{port}")
+        await asyncio.sleep(0)
+    await eventually(lambda: place.moves and place.moves[-1] == (place.own, "203.0.113.7:499"))
+    assert len(place.moves) <= 2

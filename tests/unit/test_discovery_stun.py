@@ -147,7 +147,9 @@ def test_a_witness_that_left_is_forgotten() -> None:
     assert witnesses.conclude(()) == Seen()
 
 
-@pytest.mark.parametrize("address", ["224.0.0.1:5", "0.0.0.0:5", "169.254.1.1:5", "kitchen:5", "x", "", "1.2.3.4:0"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:5", "224.0.0.1:5", "0.0.0.0:5", "169.254.1.1:5", "kitchen:5", "x", "", "1.2.3.4:0"]
+)
 def test_what_can_be_no_address_of_ours_is_not_heard(address: str) -> None:
     assert believed({"a": address}, {"m": address}) == Seen()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mesh.membership import crossing
 from mesh.membership.crossing import (
+    DIALS_AT_ONCE,
     FIRST_DIRECT_S,
     FIRST_PAUSE_S,
     HEAD_START_S,
@@ -222,6 +223,14 @@ def test_an_introducer_cannot_make_us_dial_all_the_time_nor_strangers_nor_oursel
     played.members.add(US)
     assert played.hear(R, Meet(US, THERE, 1)) == []
     assert played.hear(S, Meet(T, THERE, 1)) == []  # no direct link to who says so
+
+
+def test_all_introducers_together_cannot_make_us_spray_packets() -> None:
+    played = Played(near("r"))
+    crowd = [chr(ord("a") + number % 26) + chr(ord("a") + number // 26) + "z" * 24 for number in range(250)]
+    played.members.update(crowd)
+    dials = sum(len(played.hear(R, Meet(peer, THERE, 1))) for peer in crowd)
+    assert dials == DIALS_AT_ONCE
 
 
 def test_who_is_no_member_any_more_is_not_looked_for() -> None:
