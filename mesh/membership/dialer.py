@@ -50,7 +50,19 @@ class Dialer:
         self._keepers: dict[NodeId, asyncio.Task[None]] = {}
         self._kicks: dict[NodeId, asyncio.Event] = {}
         self._dialing: dict[NodeId, asyncio.Task[Link | None]] = {}
+        self._hints: dict[NodeId, tuple[str, ...]] = {}
         self._closed = False
+
+    def hint(self, peer: NodeId, addresses: tuple[str, ...]) -> None:
+        """``peer`` may be at these addresses: try them after those of the book, from now on. Empty: no more."""
+        if addresses == self._hints.get(peer, ()) or self._closed:
+            return
+        self._hints[peer] = addresses
+        if addresses:
+            self.keep(peer)
+            self.kick(peer)
+        else:
+            del self._hints[peer]
 
     def keep(self, peer: NodeId) -> None:
         """See to it that there is a link to ``peer`` from now on."""
@@ -68,6 +80,7 @@ class Dialer:
     def forget(self, peer: NodeId) -> None:
         """Dial ``peer`` no more."""
         self._kicks.pop(peer, None)
+        self._hints.pop(peer, None)
         keeper = self._keepers.pop(peer, None)
         if keeper is not None:
             keeper.cancel()
@@ -131,7 +144,7 @@ class Dialer:
 
     async def _dial(self, peer: NodeId) -> Link | None:
         """Try the addresses one after the other, each with a head start, until one answers."""
-        waiting = list(self._book.addresses(peer))
+        waiting = list(dict.fromkeys((*self._book.addresses(peer), *self._hints.get(peer, ()))))
         dials: set[asyncio.Task[Connection]] = set()
         failures: list[MeshError] = []
         winner: Connection | None = None

@@ -13,16 +13,22 @@ from mesh.errors import AdmissionError, TransportError
 from mesh.identity.grants import Roster, known_as, sign_revocation
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey, node_id
+from mesh.membership.approvals import Approvals
 from mesh.membership.bulk import BulkLanes
+from mesh.membership.desk import Desk
 from mesh.membership.dialer import Dialer
 from mesh.membership.door import Admitted, Choice, choose
 from mesh.membership.greeting import Greeter
 from mesh.membership.known import AddressBook
 from mesh.membership.link import Link
+from mesh.membership.requests import Request
 from mesh.transport.lane import Connection, Lane, Stream
 from mesh.transport.tcp import TcpLane
 from mesh.wire.facts import NodeFacts, NodeId
 from mesh.wire.messages import (
+    Approve,
+    Approved,
+    Ask,
     Control,
     Hello,
     Join,
@@ -50,10 +56,11 @@ class Callbacks:
     Attributes:
         on_up: a member is connected: its id, its facts, its connection.
         on_down: it no longer is, and why. Comes before a second ``on_up`` of the same member.
-        on_message: a control message, in the order sent. ``Members``, ``Revoke`` and ``Knock`` are dealt with before.
+        on_message: a control message, in the order sent. What is about links and admission is dealt with before.
         on_bulk: a member opened a stream; the handler answers ``Opened`` or ``OpenFailed`` itself.
         on_roster_changed: grants, revocations or addresses changed: save them.
         on_expelled: this node was revoked, or never was a member for the one who says so.
+        on_asked: a machine without a token asks to be let in.
     """
 
     on_up: Callable[[NodeId, NodeFacts, Connection], None]
@@ -62,6 +69,7 @@ class Callbacks:
     on_bulk: Callable[[NodeId, Open, Stream], None]
     on_roster_changed: Callable[[], None] = lambda: None
     on_expelled: Callable[[NodeId, Refused], None] = lambda peer, refused: None
+    on_asked: Callable[[Request], None] = lambda request: None
 
 
 class Links:
@@ -103,7 +111,13 @@ class Links:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._bulk = BulkLanes(tcp, clock, self.link)
-        self._greeter = Greeter(self, key, roster, clock, facts=facts, mesh_name=mesh_name, invites=invites)
+        self._desk = None
+        if invites is not None:
+            self._desk = Desk(self, key, roster, clock, mesh_name=mesh_name, on_asked=callbacks.on_asked)
+        self._approvals = Approvals(self._desk, self._links, clock)
+        self._greeter = Greeter(
+            self, key, roster, clock, facts=facts, mesh_name=mesh_name, invites=invites, desk=self._desk
+        )
         self._dialer = Dialer(
             lane,
             self._book,
@@ -172,6 +186,23 @@ class Links:
             self._dialer.kick(member.id)
         self._dialer.keep(member.id)
 
+    def hint(self, prefix: str, addresses: tuple[str, ...]) -> None:
+        """The member whose id begins with ``prefix`` may be at ``addresses``, somebody says: tried after those we know
+        of, and written nowhere before its key has answered there."""
+        for key in self.roster.subjects():
+            peer = node_id(key)
+            is_worker = self.roster.role_of(key, self._clock.wall()) == "worker"  # a lite client dials for itself
+            if peer.startswith(prefix) and peer != self._key.id and is_worker and not self._closed:
+                self._dialer.hint(peer, addresses)
+
+    async def approve(self, code: str) -> Approved:
+        """Let in the machine that shows ``code``, whichever member it has asked; the answer says why not."""
+        return await self._approvals.approve(code)
+
+    def requests(self) -> tuple[Request, ...]:
+        """Machines that ask this node to be let in."""
+        return () if self._desk is None else self._desk.open()
+
     def drop(self, peer: NodeId, reason: str) -> None:
         """Close the link to ``peer``; it is dialed again while it stays a member."""
         link = self._links.get(peer)
@@ -200,6 +231,8 @@ class Links:
         self._closed = True
         links = list(self._links.values())
         self._links.clear()
+        if self._desk is not None:
+            self._desk.close()
         await self._dialer.close()
         await _flush(*links)
         await self._bulk.close()
@@ -311,7 +344,11 @@ class Links:
             self._take_revocation(message.revocation, link.peer)
         elif isinstance(message, Knock):
             self._bulk.knocked(link, message)
-        elif isinstance(message, Hello | Join):
+        elif isinstance(message, Approve | Approved):
+            answer = self._approvals.received(link, message)
+            if answer is not None:
+                self._spawn(answer)
+        elif isinstance(message, Hello | Join | Ask):
             self._lose(link, "the peer introduced itself twice")
         else:
             self._tell.on_message(link.peer, message)

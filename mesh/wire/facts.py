@@ -104,6 +104,8 @@ class NodeFacts(Struct, frozen=True):
     """The node is about to leave: plan without it."""
     tcp: bool = False
     """The node takes bulk streams over TCP, on the port number of its QUIC links."""
+    pairs: bool = False
+    """The node lets machines in by a pairing code, and understands what is said of that among members."""
 
 
 class RingMember(Struct, frozen=True):
