@@ -50,6 +50,7 @@ class OwnFacts:
             ctx_size=settings.ctx_size,
             parallel=settings.parallel,
             tcp=tcp,
+            pairs=settings.role != "client",
             split=settings.split,  # type: ignore[arg-type]  # checked with the settings
         )
 
