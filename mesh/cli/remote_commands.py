@@ -77,8 +77,8 @@ def approve(state_dir: Path, code: str, as_json: bool) -> None:
         UsageError: it is no code, or has a typo.
         MeshError: nobody asks, or nobody with that code.
     """
-    read_code(code)
-    answer = call(find_running(state_dir), "approve", {"code": code}, timeout_s=30.0)
+    running = find_running(state_dir)
+    answer = call(running, "approve", {"code": read_code(code)}, timeout_s=30.0)
     if as_json:
         print_json(answer)
     else:

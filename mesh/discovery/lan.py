@@ -38,6 +38,11 @@ _PREFIX = re.compile(r"[a-z2-7]{8}")
 _NUMBER = re.compile(r"[0-9]{1,4}")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_LOCAL: tuple[Network, ...] = tuple(
+    ipaddress.ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
+)
+"""Addresses that are nobody's on the internet: also of networks that announcements are passed on from."""
 Fields = Mapping[bytes, bytes | None]
 
 
@@ -94,15 +99,17 @@ def near(addresses: Iterable[str], networks: Sequence[Network]) -> list[str]:
             ip = ipaddress.ip_address(text)
         except ValueError:
             continue
-        if ip.is_multicast or ip.is_unspecified or (ip.version == 4 and str(ip).endswith(".255")):
+        if ip.is_multicast or ip.is_unspecified:
             continue
         plain = ipaddress.ip_address(text.partition("%")[0])
-        on_link = any(plain.version == network.version and plain in network for network in networks)
+        here = [network for network in networks if plain.version == network.version and plain in network]
+        if any(plain == network.broadcast_address for network in here if network.version == 4):
+            continue
         if ip.is_link_local:
             # Without its scope it means nothing.
             if ip.version == 4 or "%" in text:
                 kept.append(text)
-        elif on_link or (ip.is_private and not ip.is_loopback):
+        elif here or any(plain.version == network.version and plain in network for network in _LOCAL):
             kept.append(text)
     return kept
 

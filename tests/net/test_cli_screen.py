@@ -82,8 +82,9 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
         window.close()
 
 
-def mesh(*arguments: str, state: Path) -> str:
-    ports = ["--state-dir", str(state), "--name", "kitchen", "--bind-host", "127.0.0.1"]
+def mesh(*arguments: str, state: Path, discovery: bool = False) -> str:
+    ports = [] if discovery else ["--no-discovery"]
+    ports += ["--state-dir", str(state), "--name", "kitchen", "--bind-host", "127.0.0.1"]
     return shlex.join([*MESH, *arguments, *ports, "--api-port", "0", "--bind-port", "0"])
 
 
