@@ -13,9 +13,10 @@ from mesh.membership.link import Link
 from mesh.wire.facts import NodeId
 from mesh.wire.messages import Approve, Approved
 
-EVERY_S = 0.5
-"""For each member that passes codes on: a person types more slowly."""
-_TELLING = ("wrong-code", "dropped", "expired")
+MAX_PASSED_ON = 6
+"""Codes that one member may pass on within :data:`WITHIN_S`: a person types no faster."""
+WITHIN_S = 10.0
+_TELLING = ("wrong-code", "dropped", "expired", "busy", "too-many")
 """Reasons of failure, those that say most first; all others say less."""
 
 
@@ -33,7 +34,7 @@ class Approvals:
         self._clock = clock
         self._numbers = itertools.count(1)
         self._asked: dict[tuple[NodeId, int], asyncio.Future[Approved]] = {}
-        self._last: dict[NodeId, float] = {}
+        self._passed_on: dict[NodeId, list[float]] = {}
 
     async def approve(self, code: str) -> Approved:
         """Let in the machine that shows ``code``, whichever member it asked."""
@@ -68,12 +69,18 @@ class Approvals:
         now = self._clock.now()
         if self._desk is None or link.role != "worker":
             link.send(Approved(message.seq, "refused", "you may not let anybody in here"))
-        elif now - self._last.get(link.peer, now - EVERY_S) < EVERY_S:
-            link.send(Approved(message.seq, "too-many", "too many codes at once"))
+        elif not self._may_pass_on(link.peer, now):
+            link.send(Approved(message.seq, "too-many", "too many codes at once: wait ten seconds"))
         else:
-            self._last[link.peer] = now
             return self._answer(self._desk, link, message)
         return None
+
+    def _may_pass_on(self, peer: NodeId, now: float) -> bool:
+        recent = self._passed_on[peer] = [at for at in self._passed_on.get(peer, ()) if now - at < WITHIN_S]
+        if len(recent) >= MAX_PASSED_ON:
+            return False
+        recent.append(now)
+        return True
 
     async def _answer(self, desk: Desk, link: Link, approve: Approve) -> None:
         result = await desk.approve(approve.code)

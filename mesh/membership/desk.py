@@ -11,7 +11,7 @@ from typing import Protocol
 
 import mesh.membership.requests as core
 from mesh.clock import Clock
-from mesh.errors import MeshError
+from mesh.errors import MeshError, WireError
 from mesh.identity.grants import Roster
 from mesh.identity.key import NodeKey, node_id
 from mesh.identity.pairing import Member, Newcomer
@@ -86,11 +86,11 @@ class Desk:
 
     # -- the machine that asks ---------------------------------------------------------------------------------------
 
-    async def serve(self, connection: Connection, stream: Stream, ask: Ask, host: str) -> str:
-        """Hold a request until it comes to something. Returns what its last words were about.
+    async def serve(self, connection: Connection, stream: Stream, ask: Ask, host: str) -> str | None:
+        """Hold a request until it comes to something. Returns what our last words were about; None: there were none.
 
         Raises:
-            TransportError, WireError, EOFError: the connection is lost, or speaks nonsense.
+            TransportError: the connection is lost.
         """
         refused = self._weigh(ask, host)
         if refused is not None:
@@ -106,8 +106,7 @@ class Desk:
                 await stream.write(encode(message))
                 if isinstance(message, Joined | Refused):
                     return message.code if isinstance(message, Refused) else "joined"
-            reading.result()  # raises why nothing more came
-            return "gone"
+            return None
         finally:
             reading.cancel()
             del self._unsent[number]
@@ -134,8 +133,9 @@ class Desk:
                     case Mistyped(element):
                         self._pump.feed(core.Answered(number, element=element))
                     case other:
-                        log.info("a machine that asks to be let in said %s", type(other).__name__)
-                        return
+                        raise WireError(f"a machine that asks to be let in said {type(other).__name__}")
+        except (EOFError, MeshError) as error:
+            log.info("request %d is over: %s", number, error or "it hung up")
         finally:
             self._send(number, None)
 

@@ -133,7 +133,10 @@ class Greeter:
         elif isinstance(message, Join):
             await self._answer_join(connection, stream, message, source)
         elif isinstance(message, Ask) and self._desk is not None:
-            await _linger(connection, await self._desk.serve(connection, stream, message, source))
+            last_words = await self._desk.serve(connection, stream, message, source)
+            if last_words is None:
+                raise TransportError("it does not wait any more")
+            await _linger(connection, last_words)
         elif isinstance(message, Ask):
             await self._refuse(connection, stream, Refused("unknown", "this node does not invite"))
         elif isinstance(message, Hello):
