@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 DIAL_TIMEOUT_S = 5.0
 STAGGER_S = 0.25
 """Between trying one address of a member and the next, while the first still may answer."""
+MAX_TRIED = 24
+"""Addresses in one attempt: however many are announced, it ends, and the next begins with those that once were good."""
 FIRST_RETRY_S = 0.25
 LAST_RETRY_S = 3.0
 
@@ -144,17 +146,20 @@ class Dialer:
 
     async def _dial(self, peer: NodeId) -> Link | None:
         """Try the addresses one after the other, each with a head start, until one answers."""
-        waiting = list(dict.fromkeys((*self._book.addresses(peer), *self._hints.get(peer, ()))))
+        tried: set[str] = set()
         dials: set[asyncio.Task[Connection]] = set()
         failures: list[MeshError] = []
         winner: Connection | None = None
         try:
-            while winner is None and (waiting or dials):
-                if waiting:
-                    dials.add(asyncio.get_running_loop().create_task(self._reach(waiting.pop(0), peer)))
-                done, dials = await asyncio.wait(
-                    dials, timeout=STAGGER_S if waiting else None, return_when=asyncio.FIRST_COMPLETED
-                )
+            while winner is None:
+                # Looked up each time: what somebody announces meanwhile need not wait until all old ones have failed.
+                address = next((one for one in self._addresses(peer) if one not in tried), None)
+                if address is not None and len(tried) < MAX_TRIED:
+                    tried.add(address)
+                    dials.add(asyncio.get_running_loop().create_task(self._reach(address, peer)))
+                elif not dials:
+                    break
+                done, dials = await asyncio.wait(dials, timeout=STAGGER_S, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
                     error = ended.exception()
                     if isinstance(error, MeshError):
@@ -174,6 +179,9 @@ class Dialer:
         if failures:
             raise failures[0]
         return None
+
+    def _addresses(self, peer: NodeId) -> tuple[str, ...]:
+        return (*self._book.addresses(peer), *self._hints.get(peer, ()))
 
     async def _reach(self, address: str, peer: NodeId) -> Connection:
         return await self._lane.dial(address, expect=peer, timeout=DIAL_TIMEOUT_S)

@@ -16,7 +16,9 @@ from mesh.discovery.lan import Announcement, Effect, Hint, Lan, Moved, Seen, Tic
 from mesh.discovery.mdns import SERVICE, Mdns
 from mesh.errors import TransportError
 from mesh.identity.key import NodeKey
+from mesh.membership.dialer import DIAL_TIMEOUT_S
 from mesh.pump import Pump
+from mesh.wire.messages import MemberAddress
 from tests.eventually import eventually
 from tests.net.party import Party
 
@@ -169,6 +171,40 @@ async def test_a_hint_to_another_node_leads_nowhere() -> None:
     assert eve.address not in str(anna.links.members)
     await party.over()
     await others.over()
+
+
+async def test_a_hint_that_comes_while_old_addresses_are_tried_is_tried_at_once() -> None:
+    party = Party()
+    keys = party.member_key(), party.member_key()
+    anna, ben = await party.node("anna", keys[0]), await party.node("ben", keys[1])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        silent = f"127.0.0.1:{deaf.getsockname()[1]}"
+        anna.links.learn(MemberAddress(ben.key.id, "ben", (silent,)))
+        await eventually(lambda: anna.links._dialer.is_dialing(ben.key.id))
+        anna.links.hint(ben.key.id[:8], (ben.address,))
+        await eventually(lambda: anna.ups == [ben.key.id], within=DIAL_TIMEOUT_S / 2)
+    await party.over()
+
+
+async def test_hints_that_keep_changing_do_not_keep_a_member_from_its_known_address() -> None:
+    party = Party()
+    keys = party.member_key(), party.member_key()
+    anna, ben = await party.node("anna", keys[0]), await party.node("ben", keys[1])
+    port = await ben.vanish()
+    anna.links.learn(ben.where())
+
+    async def flood() -> None:
+        for n in range(10_000):
+            anna.links.hint(ben.key.id[:8], tuple(f"127.0.0.1:{20000 + n * 8 + m}" for m in range(8)))
+            await asyncio.sleep(0.02)
+
+    flooding = asyncio.ensure_future(flood())
+    await eventually(lambda: anna.links._dialer.is_dialing(ben.key.id))
+    await ben.start(port)
+    await eventually(lambda: ben.key.id in anna.ups, within=20)
+    flooding.cancel()
+    await party.over()
 
 
 async def test_events_reach_the_core_in_the_shape_it_takes(hosts: list[Host]) -> None:
