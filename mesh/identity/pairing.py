@@ -1,7 +1,7 @@
 """Pairing by a short code: how a person who read it on one machine and typed it on another vouches for both.
 
-The code never travels, nor anything a guess could be tried on afterwards: this is SPAKE2 (RFC 9382) in the group of
-Ed25519, with the code as its password. Both sides mix in whom they talk to, as the handshake of their connection has
+The code never travels, nor anything a guess could be tried on afterwards: this is SPAKE2 (see RFC 9382) in the group
+of Ed25519, with the code as its password. Both sides mix in whom they talk to, as the handshake of their connection has
 proven it, so one in the middle has two keys that do not fit, whatever it relays. Then each proves that it came to the
 same key; the member first, because each of the newcomer's elements is good for one guess, and the newcomer counts them.
 

@@ -75,6 +75,7 @@ class Neighbours:
                     if name not in self._told and len(self._told) < MAX_TOLD:
                         self._told.add(name)
                         text = f'mesh "{name}" is on this network, too; to be part of it: mesh up --join TOKEN'
+                        text += ", or mesh leave and then mesh up"
                         self._view.show(Notice("mesh", text, {"mesh_name": name}))
             case _:
                 pass

@@ -143,7 +143,7 @@ class _Search:
     def _show_code(self, code: str, meshes: tuple[str, ...]) -> None:
         names = " and ".join(f'"{name}"' for name in meshes)
         command = "mesh up" if self._newcomer.role == "worker" else "mesh client"
-        alone = "; to begin a mesh of its own: mesh up --no-discovery" if self._newcomer.role == "worker" else ""
+        alone = "; to begin a mesh of its own: mesh up --model FILE" if self._newcomer.role == "worker" else ""
         what = f"mesh {names} is here" if len(meshes) == 1 else f"meshes {names} are here"
         self._view.show(
             Notice(
