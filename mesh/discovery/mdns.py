@@ -75,7 +75,10 @@ class Mdns:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._resolving.clear()
-        zeroconf, self._zeroconf = self._zeroconf, None
+        await self._fall_silent()
+
+    async def _fall_silent(self) -> None:
+        zeroconf, self._zeroconf, self._browser, self._registered = self._zeroconf, None, None, None
         if zeroconf is not None:
             with contextlib.suppress(TimeoutError, OSError):
                 async with asyncio.timeout(CLOSE_WITHIN_S):
@@ -86,11 +89,10 @@ class Mdns:
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            ground = look(self._bound)
-            if ground == self._ground:
-                continue
             try:
-                await self._settle(ground)
+                ground = look(self._bound)
+                if ground != self._ground:
+                    await self._settle(ground)
             except (OSError, RuntimeError) as error:
                 log.info("local discovery does not follow the interfaces: %s", error)
 
@@ -99,7 +101,10 @@ class Mdns:
         from zeroconf import IPVersion
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-        if ground.sources:
+        if not ground.sources:
+            # An interface that comes back under the same address must be joined anew: nothing of the old one is kept.
+            await self._fall_silent()
+        else:
             sources = list(ground.sources)
             version = IPVersion.V4Only
             if any(isinstance(source, int) for source in sources):

@@ -127,6 +127,8 @@ class Seeking:
         self._round_ends = 0.0
         self._guesses = 0
         self._doors: dict[Door, _Asked] = {}
+        self._seen: dict[Door, str] = {}
+        """What is announced now; a member that is not may still hold our request."""
         self._shown: tuple[str, tuple[str, ...]] = ("", ())
 
     def next_timer(self) -> float | None:
@@ -151,9 +153,8 @@ class Seeking:
             case Guessed(door) if door in self._doors:
                 self._guesses += 1
                 effects.append(TellMistyped(self._doors[door].mesh))
-            case Ended(door, _, _) if door in self._doors:
-                asked = self._doors[door]
-                asked.held, asked.failed, asked.again = False, True, now + AGAIN_S
+            case Ended(door, code, _) if door in self._doors:
+                self._ended(door, code, now)
             case _:
                 pass
         if now >= self._round_ends or self._guesses >= MAX_GUESSES:
@@ -163,8 +164,17 @@ class Seeking:
         effects += self._give_up(now)
         return effects
 
+    def _ended(self, door: Door, code: str, now: float) -> None:
+        if door not in self._seen:
+            del self._doors[door]
+            return
+        asked = self._doors[door]
+        asked.held, asked.failed = False, True
+        # The same member, announced twice: it holds the other request, and would drop that one for this.
+        asked.again = self._round_ends if code == "replaced" else now + AGAIN_S
+
     def _saw(self, meshes: tuple[Mesh, ...]) -> list[Effect]:
-        seen = {door: mesh.name for mesh in meshes for door in mesh.doors}
+        seen = self._seen = {door: mesh.name for mesh in meshes for door in mesh.doors}
         # A member that said good-bye may still hold us for a moment; its connection says when that is over.
         gone = [door for door, asked in self._doors.items() if door not in seen and not asked.held]
         for door in gone:

@@ -82,6 +82,12 @@ async def test_an_interface_that_comes_later_is_followed(hosts: list[Host], monk
     assert not uses_mdns()
     up["lo"] = [Address("127.0.0.1", 8)]
     await eventually(lambda: hosts[0].hints().get(hosts[1].prefix) == ("127.0.0.1:7002",))
+    del up["lo"]
+    await eventually(lambda: not uses_mdns())
+    hosts[0].heard.clear()
+    up["lo"] = [Address("127.0.0.1", 8)]
+    hosts[1].mdns._port = 7003
+    await eventually(lambda: hosts[0].hints().get(hosts[1].prefix) == ("127.0.0.1:7003",))
 
 
 async def test_where_the_port_cannot_be_used_it_says_so_in_one_sentence(

@@ -24,7 +24,19 @@ from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
 from mesh.wire.codec import control_decoder, encode, open_decoder, read_frame
 from mesh.wire.facts import Role
-from mesh.wire.messages import PROTOCOL, Approved, Ask, Asked, Joined, Mistyped, OpenControl, Prove, Proven, Still
+from mesh.wire.messages import (
+    PROTOCOL,
+    Approve,
+    Approved,
+    Ask,
+    Asked,
+    Joined,
+    Mistyped,
+    OpenControl,
+    Prove,
+    Proven,
+    Still,
+)
 from tests.eventually import eventually
 from tests.net.party import Node, Party
 
@@ -182,6 +194,11 @@ async def test_a_lite_client_lets_nobody_in(party: Party, laptop: Laptop) -> Non
     asking = laptop.ask(anna.address)
     await waiting(anna)
     assert (await carl.links.approve(laptop.code)).code == "refused", "nor through another member"
+    answers: list[Approved] = []
+    carl.links._approvals.received = lambda link, message: answers.append(message)  # type: ignore[method-assign,assignment,arg-type,func-returns-value]
+    carl.links.send(anna.key.id, Approve(1, laptop.code))
+    await eventually(lambda: answers)
+    assert answers[0].code == "refused", "nor when it says so itself"
     assert anna.roster.role_of(laptop.key.public, party.wall) is None
     asking.cancel()
 

@@ -104,6 +104,17 @@ def test_every_round_has_its_own_code() -> None:
     assert newcomer.feed(Held(OFFICE)) == [ShowCode("code 2", ("work",))]
 
 
+def test_a_member_that_is_announced_twice_holds_one_request() -> None:
+    again = Door("office", ("10.0.0.3:7842", "[fd00::3]:7842"))
+    newcomer = Newcomer()
+    newcomer.feed(Saw((WORK,)), Held(OFFICE))
+    assert newcomer.feed(Saw((Mesh("t2", "work", (again,)),))) == [AskAt(again, "code 1")]
+    newcomer.feed(Ended(OFFICE, "replaced", ""), Held(again))
+    assert newcomer.wait(ROUND_S - 1) == [], "what is announced no more is not asked again"
+    newcomer.feed(Saw((WORK, Mesh("t3", "work", (again,)))), Held(OFFICE), Ended(again, "replaced", ""))
+    assert newcomer.wait(0.5) == [], "nor do two announcements take each other's request away"
+
+
 def test_a_mistyped_code_is_told_and_many_guesses_end_the_code() -> None:
     newcomer = Newcomer()
     newcomer.feed(Saw((WORK,)), Held(OFFICE))
@@ -118,3 +129,5 @@ def test_a_member_that_comes_later_is_asked_too_and_one_that_went_is_not() -> No
     assert newcomer.feed(Saw((Mesh("t1", "home", (KITCHEN,)), WORK))) == [Withdraw(ATTIC), AskAt(OFFICE, "code 1")]
     assert newcomer.feed(Saw(())) == [Withdraw(OFFICE)], "the one that holds us says itself when that is over"
     assert newcomer.feed(Ended(ATTIC, "gone", ""), Held(ATTIC), Guessed(ATTIC)) == []
+    newcomer.feed(Ended(KITCHEN, "no-answer", ""))
+    assert newcomer.wait(2 * AGAIN_S) == []
