@@ -1,8 +1,8 @@
 """What is said on a fresh connection until it is a link: both sides of the door, over real streams.
 
-The dialer opens the control stream and says :class:`Hello` (or :class:`Join`) at once; the listener answers with its
-own Hello, :class:`Joined` or :class:`Refused`. Nothing else is understood before both Hellos, and whoever says nothing
-is shown out.
+The dialer opens the control stream and says :class:`Hello` (or :class:`Join`, or :class:`Ask`) at once; the listener
+answers with its own Hello, :class:`Joined` or :class:`Refused`; who asks may wait at the desk. Nothing else is
+understood before both Hellos, and whoever says nothing is shown out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from mesh.errors import MeshError, TransportError, WireError
 from mesh.identity.grants import Roster
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
+from mesh.membership.desk import Desk
 from mesh.membership.door import Admitted, Choice, JoinGate, answer_join, refusal, weigh_hello
 from mesh.membership.link import Link
 from mesh.transport.address import split_address
 from mesh.transport.lane import Connection, Stream
 from mesh.wire.codec import MAX_OPEN_FRAME, control_decoder, encode, open_decoder, read_frame
 from mesh.wire.facts import NodeFacts, NodeId
-from mesh.wire.messages import PROTOCOL, Hello, Join, Joined, MemberAddress, Move, OpenControl, Refused
+from mesh.wire.messages import PROTOCOL, Ask, Hello, Join, Joined, MemberAddress, Move, OpenControl, Refused
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Greeter:
 
     Args:
         invites: None when this node lets nobody in.
+        desk: likewise.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Greeter:
         facts: Callable[[], NodeFacts],
         mesh_name: str,
         invites: InviteBook | None,
+        desk: Desk | None,
     ) -> None:
         self._house = house
         self._key = key
@@ -73,6 +76,7 @@ class Greeter:
         self._facts = facts
         self._mesh_name = mesh_name
         self._invites = invites
+        self._desk = desk
         self._gate = JoinGate()
         self._strangers = 0
 
@@ -131,6 +135,13 @@ class Greeter:
             await self._refuse(connection, stream, Refused("too-many", "too many failed attempts from your address"))
         elif isinstance(message, Join):
             await self._answer_join(connection, stream, message, source)
+        elif isinstance(message, Ask) and self._desk is not None:
+            last_words = await self._desk.serve(connection, stream, message, source)
+            if last_words is None:
+                raise TransportError("it does not wait any more")
+            await _linger(connection, last_words)
+        elif isinstance(message, Ask):
+            await self._refuse(connection, stream, Refused("unknown", "this node does not invite"))
         elif isinstance(message, Hello):
             await self._answer_hello(connection, stream, message, source)
         elif isinstance(message, Move) and known:
