@@ -48,6 +48,12 @@ class Answer:
     generation_s: float
     timed_tokens: int
     """Tokens that came within ``generation_s``: all but those of the first chunk."""
+    cached_tokens: int = 0
+    """Of the prompt, those that were not computed again; ``prompt_tokens`` are the others."""
+
+    @property
+    def ms_per_token(self) -> float:
+        return 1e3 * self.generation_s / max(1, self.timed_tokens)
 
 
 @dataclass(slots=True)
@@ -88,8 +94,13 @@ def long_prompt(words: int, salt: int) -> str:
     return " ".join(chosen)
 
 
-def complete(client: httpx.Client, base_url: str, model: str | None, prompt: str, tokens: int) -> Answer:
+def complete(
+    client: httpx.Client, base_url: str, model: str | None, prompt: str, tokens: int, *, cached: bool = False
+) -> Answer:
     """Stream one greedy completion.
+
+    Args:
+        cached: go on from what the server still has of a prompt with the same beginning.
 
     Raises:
         BenchError: the server refused, or the stream ended early.
@@ -101,7 +112,7 @@ def complete(client: httpx.Client, base_url: str, model: str | None, prompt: str
         "temperature": 0,
         "stream": True,
         "ignore_eos": True,
-        "cache_prompt": False,
+        "cache_prompt": cached,
         "timings_per_token": True,
     }
     pieces: list[str] = []
@@ -141,7 +152,20 @@ def complete(client: httpx.Client, base_url: str, model: str | None, prompt: str
         first_at - began,
         last_at - first_at,
         last_count - first_count,
+        int(timings.get("cache_n", 0)),
     )
+
+
+def count_tokens(client: httpx.Client, base_url: str, text: str) -> int:
+    """How many tokens the server makes of a prompt.
+
+    Raises:
+        BenchError: it refused.
+    """
+    response = client.post(f"{base_url}/tokenize", json={"content": text, "add_special": True}, timeout=60)
+    if response.status_code != 200:
+        raise BenchError(f"{base_url} answered {response.status_code}: {response.text[:300]}")
+    return len(response.json()["tokens"])
 
 
 def per_worker(counters: Mapping[tuple[str, str], Counter], workers: Sequence[str]) -> dict[str, int]:
@@ -174,7 +198,7 @@ def ask(setting: Any, figures: Figures, question: Question) -> None:
             rows.append(
                 {
                     "first_token_s": answer.first_s,
-                    "ms_per_token": 1e3 * answer.generation_s / max(1, answer.timed_tokens),
+                    "ms_per_token": answer.ms_per_token,
                     "prompt_tokens_per_s": prompt.prompt_tokens / prompt.first_s,
                     "prompt_first_token_s": prompt.first_s,
                 }

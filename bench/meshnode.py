@@ -34,6 +34,7 @@ class MeshNode:
         directory: where the state directory and the output go.
         arguments: more of ``mesh up``'s, e.g. ``("--split", "always")``.
         role: ``up`` or ``client``.
+        bind_host: the machine's address when left out; ``0.0.0.0`` for one that moves.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class MeshNode:
         role: str = "up",
         api_port: int = 9337,
         bind_port: int = 7842,
+        bind_host: str | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
         self.lab, self.machine, self.role = lab, machine, role
@@ -55,7 +57,7 @@ class MeshNode:
         self.output_path.parent.mkdir(parents=True, exist_ok=True)
         self.base_url = f"http://127.0.0.1:{api_port}"
         self.process: subprocess.Popen[Any] | None = None
-        self._model, self._arguments = model, tuple(arguments)
+        self._model, self._arguments, self._bind_host = model, tuple(arguments), bind_host
         self._ports = ("--bind-port", str(bind_port), "--api-port", str(api_port))
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         self._output: IO[bytes] | None = None
@@ -65,7 +67,8 @@ class MeshNode:
 
     def start(self, *, join: str | None = None) -> None:
         """Start the node; with the same state directory as before it is the same node."""
-        argv = [self.role, "--bind-host", self.lab.address(self.machine), "--name", self.machine, *self._ports]
+        host = self._bind_host or self.lab.address(self.machine)
+        argv = [self.role, "--bind-host", host, "--name", self.machine, *self._ports]
         argv += ["--state-dir", str(self.state_dir), "--plain"]
         if self.role == "up" and self._model is not None:
             argv += ["--model", str(self._model)]

@@ -33,7 +33,7 @@ from bench.lab.selfcheck import percentile
 from bench.measure import BenchError, complete
 from bench.meshnode import MeshNode, MeshNodeError, mesh_of
 from bench.models import find_model
-from bench.settings import machine_names
+from bench.servers import machine_names
 from bench.tokps import find_programs
 from mesh.errors import MeshError
 

@@ -3,65 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
-import httpx
-
+from bench import servers
 from bench.lab import Lab
-from bench.measure import BenchError, Figures, per_worker
+from bench.measure import Figures, per_worker
 from bench.meshnode import mesh_of
+from bench.servers import HOST, PORT, START_WITHIN_S, Programs, Setting, Task, machine_names
+from mesh.engine.commands import Launch, split_arguments
 from mesh.models.gguf import inspect
-
-HOST, PORT, RPC_PORT = "a", 8080, 50052
-_START_WITHIN_S = 900.0
-_ROOT = Path(__file__).resolve().parents[1]
-_SECRET = "5e" * 32
-
-
-@dataclass(frozen=True, slots=True)
-class Programs:
-    """The engine's binaries."""
-
-    llama_server: Path
-    rpc_server: Path
-    vocabularies: Path
-    """Directory of tokenizer-only GGUFs, for writing demo models."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What every configuration serves, and with how much."""
-
-    programs: Programs
-    upstream: Programs
-    model: Path
-    threads: int
-    ctx_size: int
-    directory: Path
-    count_turns: bool = False
-    """Put a relay before every RPC server that counts round trips (:mod:`bench.turns`); it costs some time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A configuration that serves now."""
-
-    lab: Lab
-    base_url: str
-    client_node: str
-    workers: tuple[str, ...]
-
-
-def machine_names(workers: int) -> list[str]:
-    """The host's machine and those of the workers."""
-    return [HOST, *(f"w{n}" for n in range(1, workers + 1))]
+from mesh.wire.facts import Layout, RingMember
 
 
 def even_split(n_layers: int, members: int) -> list[int]:
@@ -70,21 +23,35 @@ def even_split(n_layers: int, members: int) -> list[int]:
     return [share + (index >= members - rest) for index in range(members)]
 
 
+def layout_of(task: Task, counts: Sequence[int]) -> Layout:
+    """The layout in which the host and its workers, called as their machines are, carry so many layers each."""
+    model = inspect(task.model).cost("5e" * 32)
+    ring = []
+    at = 0
+    for name, count in zip(machine_names(len(counts) - 1), counts, strict=True):
+        layers = (at, at + count - 1) if count else None
+        ring.append(RingMember(name, name, layers, sum(model.layer_bytes[at : at + count]), "CPU"))
+        at += count
+    mode: Literal["solo", "split"] = "split" if len(ring) > 1 else "solo"
+    kept = 2 * task.ctx_size * sum(model.kv_bytes_per_token)  # as a plan gives with memory to spare
+    return Layout(mode, HOST, model, tuple(ring), ctx_size=task.ctx_size, parallel=1, prompt_cache_bytes=kept)
+
+
 @contextlib.contextmanager
 def solo(lab: Lab, task: Task) -> Iterator[tuple[Setting, Figures]]:
     """``llama-server`` on one machine."""
-    arguments = ["-dev", "none", "-ngl", "0"]
-    with _engine(lab, task, task.programs, "solo", (), arguments) as started:
+    with _engine(lab, task, task.programs, "solo", (), ["-dev", "none", "-ngl", "0"]) as started:
         yield started
 
 
 @contextlib.contextmanager
-def upstream(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]]:
+def upstream(lab: Lab, task: Task, workers: int, *, count_turns: bool = False) -> Iterator[tuple[Setting, Figures]]:
     """What upstream's documentation says: all layers on RPC servers, reached over the open network, weights sent."""
-    names = tuple(machine_names(workers)[1:])
+    names = machine_names(workers)[1:]
+    arguments = ["--rpc", ",".join(servers.endpoints_of(lab, names, count_turns=count_turns)), "-ngl", "all"]
     with (
-        _rpc_servers(lab, task, task.upstream, names) as endpoints,
-        _engine(lab, task, task.upstream, "upstream", names, ["--rpc", endpoints, "-ngl", "all"]) as started,
+        _rpc_servers(lab, task, task.upstream, names, count_turns),
+        _engine(lab, task, task.upstream, "upstream", names, arguments) as started,
     ):
         yield started
 
@@ -96,50 +63,16 @@ def bare(lab: Lab, task: Task, workers: int, counts: Sequence[int] | None) -> It
     Args:
         counts: layers of the host and each worker, in ring order; None for an even split.
     """
-    names = tuple(machine_names(workers)[1:])
+    names = machine_names(workers)[1:]
     counts = counts or even_split(inspect(task.model).n_layers, workers + 1)
-    arguments = _divided(counts)
+    arguments = split_arguments(layout_of(task, counts), servers.endpoints_of(lab, names))
+    arguments += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
     with (
-        _rpc_servers(lab, task, task.programs, names) as endpoints,
-        _engine(lab, task, task.programs, "bare", names, ["--rpc", endpoints, *arguments]) as (setting, figures),
+        _rpc_servers(lab, task, task.programs, names, False),
+        _engine(lab, task, task.programs, "bare", names, arguments) as (setting, figures),
     ):
         figures.layers = list(counts)
         yield setting, figures
-
-
-@contextlib.contextmanager
-def ring(lab: Lab, task: Task, workers: int, identity: str) -> Iterator[tuple[Setting, Figures]]:
-    """The engine as the mesh starts it (layers divided evenly, weights from every machine's own file, a secret), over
-    the open network instead of the mesh's tunnels.
-
-    Args:
-        identity: 64 characters that name the model.
-    """
-    names = tuple(machine_names(workers)[1:])
-    counts = even_split(inspect(task.model).n_layers, workers + 1)
-    env = {"MESH_RPC_SECRET": _SECRET}
-    own_file = ["--gguf", str(task.model), "--gguf-id", identity]
-    with (
-        _rpc_servers(lab, task, task.programs, names, own_file, env) as endpoints,
-        _engine(
-            lab,
-            task,
-            task.programs,
-            "ring",
-            names,
-            ["--rpc", endpoints, *_divided(counts)],
-            {**env, "MESH_GGUF_ID": identity},
-        ) as (setting, figures),
-    ):
-        figures.layers = list(counts)
-        yield setting, figures
-
-
-def _divided(counts: Sequence[int]) -> list[str]:
-    remote = [*counts[1:-1], counts[-1] + 1]
-    arguments = ["-dev", ",".join(f"RPC{n}" for n in range(len(remote))), "-ngl", str(sum(remote))]
-    arguments += ["-ts", ",".join(map(str, remote)), "-ot", "^output.*=CPU,^token_embd.*=CPU"]
-    return [*arguments, "-lm", "none", "-cram", "0", "-ctxcp", "0"]
 
 
 @contextlib.contextmanager
@@ -162,7 +95,7 @@ def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]
                 return False
             return len(status["layout"]["ring"]) == len(names)
 
-        status = watched.wait(serves, _START_WITHIN_S, f"serving over {len(names)} machines")
+        status = watched.wait(serves, START_WITHIN_S, f"serving over {len(names)} machines")
         now = time.monotonic()
         ring = status["layout"]["ring"]
         host = next(member["name"] for member in ring if member["id"] == status["layout"]["host"])
@@ -174,96 +107,23 @@ def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]
 
 
 @contextlib.contextmanager
-def _rpc_servers(
-    lab: Lab,
-    task: Task,
-    programs: Programs,
-    names: Sequence[str],
-    arguments: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-) -> Iterator[str]:
-    started = []
-    port = RPC_PORT + task.count_turns
-    try:
-        for name in names:
-            argv = [str(programs.rpc_server), "-H", lab.address(name), "-p", str(port), "-t", str(task.threads)]
-            with (task.directory / f"rpc-{name}.log").open("ab") as log:
-                started.append(_popen(lab, name, [*argv, *arguments], log, env))
-        for name in names:
-            _wait_listening(lab, name, port)
-        for name in names if task.count_turns else ():
-            counter = [sys.executable, "-m", "bench.turns", lab.address(name), str(RPC_PORT), str(port)]
-            with turns_file(task, name).open("wb") as counts:
-                started.append(_popen(lab, name, counter, counts, {"PYTHONPATH": str(_ROOT)}))
-        for name in names if task.count_turns else ():
-            _wait_listening(lab, name, RPC_PORT)
-        yield ",".join(f"{lab.address(name)}:{RPC_PORT}" for name in names)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-def turns_file(task: Task, worker: str) -> Path:
-    """Where :mod:`bench.turns` writes what it counted before that worker."""
-    return task.directory / f"turns-{worker}"
-
-
-def _wait_listening(lab: Lab, name: str, port: int) -> None:
-    # Not by connecting: rpc-server serves one client at a time, and would take us for it.
-    wanted = f":{port:04X} 00000000:0000 0A"
-    deadline = time.monotonic() + 20
-    while wanted not in lab.run(name, ["cat", "/proc/net/tcp"]).stdout:
-        if time.monotonic() > deadline:
-            raise BenchError(f"rpc-server on {name} does not listen")
-        time.sleep(0.02)
+def _rpc_servers(lab: Lab, task: Task, programs: Programs, names: Sequence[str], count_turns: bool) -> Iterator[None]:
+    port = str(servers.RPC_PORT)
+    launches = {
+        name: Launch((str(programs.rpc_server), "-H", lab.address(name), "-p", port, "-t", str(task.threads)), {})
+        for name in names
+    }
+    with servers.rpc_servers(lab, task.directory, launches, count_turns=count_turns):
+        yield
 
 
 @contextlib.contextmanager
 def _engine(
-    lab: Lab,
-    task: Task,
-    programs: Programs,
-    name: str,
-    workers: tuple[str, ...],
-    arguments: Sequence[str],
-    env: Mapping[str, str] | None = None,
+    lab: Lab, task: Task, programs: Programs, name: str, workers: Sequence[str], arguments: Sequence[str]
 ) -> Iterator[tuple[Setting, Figures]]:
     argv = [str(programs.llama_server), "-m", str(task.model), "--host", "127.0.0.1", "--port", str(PORT)]
     argv += ["-t", str(task.threads), "-c", str(task.ctx_size), "-np", "1", "-fit", "off", "--offline", *arguments]
-    log_path = task.directory / f"{name}-{len(workers)}.log"
-    base_url = f"http://127.0.0.1:{PORT}"
-    lab.reset_counters()
-    began = time.monotonic()
-    with log_path.open("ab") as log:
-        process = _popen(lab, HOST, argv, log, env)
-    try:
-        with lab.client(HOST) as client:
-            while not _is_healthy(client, base_url):
-                if process.poll() is not None or time.monotonic() - began > _START_WITHIN_S:
-                    tail = log_path.read_text(errors="replace")[-600:]
-                    raise BenchError(f"{name}: llama-server did not start ({process.returncode}): {tail}")
-                time.sleep(0.01)
-        took = time.monotonic() - began
-        figures = Figures(name, "", len(workers), took, took)
-        figures.load_bytes = per_worker(lab.counters(), workers)
-        yield Setting(lab, base_url, HOST, workers), figures
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _popen(
-    lab: Lab, node: str, argv: Sequence[str], log: IO[bytes], said: Mapping[str, str] | None = None
-) -> subprocess.Popen[Any]:
-    # What the mesh would say to its engine is said on purpose only: without it weights are sent, to whoever asks.
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_", "GGML_", "MESH_"))}
-    env |= said or {}
-    return lab.popen(node, argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _is_healthy(client: httpx.Client, base_url: str) -> bool:
-    try:
-        return client.get(f"{base_url}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
+    with servers.llama_server(lab, task.directory, name, Launch(tuple(argv), {}), workers) as setting:
+        figures = Figures(name, "", len(workers), setting.load_s, setting.load_s)
+        figures.load_bytes = dict(setting.load_bytes)
+        yield setting, figures

@@ -28,7 +28,7 @@ from bench.lab import Lab, LabError, lab_available, parse_link
 from bench.measure import BenchError, Figures, Question, ask
 from bench.meshnode import MeshNodeError
 from bench.models import find_model
-from bench.settings import Programs, Setting, Task
+from bench.servers import Programs, Setting, Task, machine_names
 from mesh.engine.cache import find_engine
 from mesh.engine.pin import engine_pin
 from mesh.errors import MeshError
@@ -98,7 +98,7 @@ def measure(
         began = time.monotonic()
         try:
             with (
-                Lab(settings.machine_names(count), "lan" if link == "none" else link, cores=task.threads) as lab,
+                Lab(machine_names(count), "lan" if link == "none" else link, cores=task.threads) as lab,
                 started(name, lab, task, count, counts) as (setting, figures),
             ):
                 figures.link = link

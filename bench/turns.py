@@ -1,6 +1,7 @@
-"""A relay before an RPC server that counts blocking round trips: how often the server speaks after the client did.
+"""A relay on the client's side of the network that counts blocking round trips: how often the server speaks after the
+client did. On the client's side, and with a delay behind it, questions that are asked at once count once.
 
-    python -m bench.turns ADDRESS LISTEN_PORT SERVER_PORT
+    python -m bench.turns LISTEN_PORT SERVER_ADDRESS SERVER_PORT
 
 Writes the number so far to its output after every turn, eight digits in place, over all connections.
 """
@@ -25,7 +26,7 @@ class Turns:
         os.pwrite(self._shown, b"%08d" % self.n, 0)
 
 
-async def _serve(address: str, port: int, server_port: int, turns: Turns) -> None:
+async def _serve(port: int, address: str, server_port: int, turns: Turns) -> None:
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection(address, server_port)
         asked = False
@@ -46,10 +47,9 @@ async def _serve(address: str, port: int, server_port: int, turns: Turns) -> Non
 
         await asyncio.gather(pump(reader, far_writer, True), pump(far_reader, writer, False))
 
-    server = await asyncio.start_server(carry, address, port)
+    server = await asyncio.start_server(carry, "127.0.0.1", port)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    listen, server = (int(argument) for argument in sys.argv[2:4])
-    asyncio.run(_serve(sys.argv[1], listen, server, Turns(sys.stdout.fileno())))
+    asyncio.run(_serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Turns(sys.stdout.fileno())))

@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 
 from bench.measure import BenchError
-from bench.settings import Programs
+from bench.servers import Programs
 from mesh.engine.cache import cache_key, cache_root, cpu_features, executable, platform_tag
 from mesh.engine.pin import SOURCE
 from mesh.engine.source import fetch_source, unpack_source
@@ -44,6 +44,8 @@ def find_upstream(vocabularies: Path) -> Programs:
     entry = cache_root() / f"upstream-{cache_key(SOURCE, flags, platform_tag(), cpu_features())}"
     entry.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(entry.parent / "upstream.lock"):
+        for left in entry.parent.glob("upstream-building-*"):  # by a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if not entry.is_dir():
             _compile(entry, flags)
     return programs_in(entry, vocabularies)

@@ -6,12 +6,11 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +18,12 @@ from typing import Any
 
 import httpx
 
-from bench.lab import namespaces, web
-from bench.lab.links import Link, parse_link
+from bench.lab import namespaces, tun, web
+from bench.lab.links import Link
 from bench.lab.namespaces import LabError
+from bench.lab.packet import PROTOCOLS
 from bench.lab.path import Counter
+from bench.lab.places import HomeLike, Places, as_link
 
 ROOT = Path(__file__).resolve().parents[2]
 _serials = itertools.count(1)
@@ -37,12 +38,34 @@ class Timing:
     worst_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A port that a NAT holds open: ``outside`` stands for ``inside``; ``remotes`` have been written to through it."""
+
+    protocol: str
+    inside: tuple[str, int]
+    outside: tuple[str, int]
+    remotes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NatState:
+    """What a NAT holds open now, and how many packets it has refused each way since it was made."""
+
+    mapped: tuple[Mapped, ...]
+    refused_in: int
+    refused_out: int
+
+
 class Lab:
     """A context manager that holds machines and the links between them.
 
     Args:
         nodes: names of the machines (lowercase letters and digits).
-        link: of every pair, by name, spelt out (see :func:`bench.lab.links.parse_link`), or a :class:`Link`.
+        link: of every pair, by name, spelt out (see :func:`bench.lab.links.parse_link`), or a :class:`Link`. Between
+            machines of one home lies the home's instead.
+        nat: machines that sit alone behind a NAT, to its kind (see :data:`bench.lab.nat.KINDS`).
+        homes: several machines behind one NAT: name to (kind, machines) or to a :class:`bench.lab.Home`.
         ipv6: give every machine an IPv6 address too.
         cores: how many CPU cores a machine's programs may use (dealt in turn); None for all. Without it, waiting
             threads of one machine's engine spin on the cores that another machine computes with.
@@ -58,6 +81,8 @@ class Lab:
         nodes: Sequence[str],
         link: str | Link = "lan",
         *,
+        nat: Mapping[str, str] | None = None,
+        homes: Mapping[str, HomeLike] | None = None,
         mtu: int = 1500,
         ipv6: bool = False,
         cores: int | None = None,
@@ -65,9 +90,11 @@ class Lab:
         seed: int = 1,
     ) -> None:
         self.nodes = tuple(nodes)
-        if len(set(self.nodes)) != len(self.nodes) or not all(re.fullmatch("[a-z0-9]{1,12}", n) for n in self.nodes):
-            raise LabError(f"machine names are distinct, of 1 to 12 lowercase letters and digits: {nodes}")
-        self._link = _as_link(link)
+        self._places = Places(nodes, nat, homes)
+        if ipv6 and self._places.homes:
+            raise LabError("homes speak IPv4 only: leave out ipv6, nat or homes")
+        self._link = as_link(link)
+        self._special_links: dict[tuple[str, str], Link] = {}
         self._cores = cores
         self._mtu, self._ipv6, self._congestion, self._seed = mtu, ipv6, congestion, seed
         self._prefix = namespaces.group_prefix(os.getpid(), next(_serials))
@@ -107,13 +134,19 @@ class Lab:
             self._send(
                 {
                     "prefix": self._prefix,
-                    "nodes": [{"name": node, "addresses": self._interfaces(node)} for node in self.nodes],
+                    "nodes": [
+                        {"name": node, "addresses": self._interfaces(node), "home": self._home(node)}
+                        for node in self.nodes
+                    ],
+                    "homes": self._places.setup(),
                     "link": asdict(self._link),
                     "mtu": self._mtu,
                     "congestion": self._congestion,
                     "seed": self._seed,
                 }
             )
+            for node in self.nodes if self._places.homes else ():
+                self._restore_links(node)
         except BaseException:
             self.close()
             raise
@@ -144,9 +177,12 @@ class Lab:
     # -- machines --------------------------------------------------------------------------------------------------
 
     def address(self, node: str, *, ipv6: bool = False) -> str:
-        """The machine's address on the lab's network."""
-        index = self.nodes.index(node) + 1
-        return f"fd77::{index:x}" if ipv6 else f"10.77.0.{index}"
+        """The machine's own address: on the lab's network or, behind a NAT, in its home."""
+        return f"fd77::{self.nodes.index(node) + 1:x}" if ipv6 else self._places.address(node)
+
+    def public_address(self, name: str) -> str:
+        """What the internet sees of a machine or a home: its own address, or that of its NAT."""
+        return self._places.public_address(name)
 
     def namespace(self, node: str) -> str:
         """The name to give to ``ip netns exec``."""
@@ -201,12 +237,16 @@ class Lab:
 
     def set_link(self, a: str, b: str, link: str | Link, *, both: bool = True) -> None:
         """Change what lies between two machines, at once; packets under way keep their time."""
-        self._send({"op": "link", "pairs": self._pairs(a, b, both), "link": asdict(_as_link(link))})
+        made = as_link(link)
+        self._special_links.update(dict.fromkeys([(a, b), (b, a)] if both else [(a, b)], made))
+        self._send({"op": "link", "pairs": self._pairs(a, b, both), "link": asdict(made)})
 
     def set_all_links(self, link: str | Link) -> None:
-        """Change every link."""
-        pairs = [pair for a, b in itertools.combinations(self.nodes, 2) for pair in self._pairs(a, b, True)]
-        self._send({"op": "link", "pairs": pairs, "link": asdict(_as_link(link))})
+        """Change every link, except those within a home."""
+        self._link = as_link(link)
+        self._special_links.clear()
+        for node in self.nodes:
+            self._restore_links(node)
 
     def cut(self, a: str, b: str, *, both: bool = True) -> None:
         """Let nothing pass from ``a`` to ``b`` (and back, when ``both``); what was under way is lost."""
@@ -224,6 +264,54 @@ class Lab:
         """Undo every cut."""
         pairs = [pair for a, b in itertools.combinations(self.nodes, 2) for pair in self._pairs(a, b, True)]
         self._send({"op": "heal", "pairs": pairs})
+
+    def block(self, a: str, b: str, protocol: str = "tcp", *, both: bool = True) -> None:
+        """Swallow one protocol (``tcp``, ``udp`` or ``icmp``) between two machines, as a firewall would."""
+        self._send({"op": "block", "pairs": self._pairs(a, b, both), "protocol": _protocol(protocol)})
+
+    def unblock(self, a: str, b: str, protocol: str = "tcp", *, both: bool = True) -> None:
+        """Undo :meth:`block`."""
+        self._send({"op": "unblock", "pairs": self._pairs(a, b, both), "protocol": _protocol(protocol)})
+
+    # -- homes -----------------------------------------------------------------------------------------------------
+
+    def nat_state(self, name: str) -> NatState:
+        """What the NAT of a home, or of a machine's home, holds open."""
+        home = self._places.need_home(name)
+        report = self._send({"op": "nat", "home": self._places.number(home)})
+        outside = self.public_address(name)
+        mapped = (Mapped(p, (host, port), (outside, public), n) for p, host, port, public, n in report["leases"])
+        return NatState(tuple(mapped), report["refused_in"], report["refused_out"])
+
+    def reboot_nat(self, name: str) -> None:
+        """Switch the NAT off and on: it forgets every mapping, but not the forwarded ports."""
+        self._send({"op": "reboot", "home": self._places.number(self._places.need_home(name))})
+
+    def renumber(self, name: str) -> str:
+        """Give a home's NAT another public address, as providers do overnight, and return it; mappings are gone."""
+        home = self._places.need_home(name)
+        public = self._places.renumber(home)
+        self._send({"op": "renumber", "home": self._places.number(home), "public": public})
+        return public
+
+    def forward(self, node: str, port: int, *, outside_port: int | None = None, protocol: str = "udp") -> None:
+        """Forward a port of the NAT's public address (the same one, unless told otherwise) to a machine behind it."""
+        home = self._places.need_home(node)
+        request = {"op": "forward", "home": self._places.number(home), "address": self.address(node), "port": port}
+        self._send({**request, "outside_port": outside_port or port, "protocol": _protocol(protocol)})
+
+    def move(self, node: str, to: str | None = None) -> str:
+        """Take a machine with all that runs in it to another home, or onto the open internet; returns its new address.
+
+        The old address is gone at once (an IPv6 one stays). Links become those of the new place, except where
+        :meth:`set_link` said otherwise. ``to`` may be where it is: it gets another address there.
+        """
+        self._places.move(node, to)
+        addresses = self._interfaces(node)
+        tun.readdress(self.namespace(node), addresses, gateway=bool(self._places.homes))
+        self._send({"op": "move", "node": self.nodes.index(node), "addresses": addresses, "home": self._home(node)})
+        self._restore_links(node)
+        return self.address(node)
 
     # -- what was carried ------------------------------------------------------------------------------------------
 
@@ -253,7 +341,18 @@ class Lab:
         return [*command, *(os.fspath(word) for word in argv)]
 
     def _interfaces(self, node: str) -> list[str]:
-        return [f"{self.address(node)}/24"] + ([f"{self.address(node, ipv6=True)}/64"] if self._ipv6 else [])
+        return [f"{self.address(node)}/{self._places.prefix_bits(node)}"] + (
+            [f"{self.address(node, ipv6=True)}/64"] if self._ipv6 else []
+        )
+
+    def _home(self, node: str) -> int | None:
+        return self._places.number(self._places.home_of(node))
+
+    def _restore_links(self, node: str) -> None:
+        for other in self.nodes:
+            for a, b in ((node, other), (other, node)) if other != node else ():
+                link = self._special_links.get((a, b)) or self._places.default_link(a, b) or self._link
+                self._send({"op": "link", "pairs": self._pairs(a, b, False), "link": asdict(link)})
 
     def _pairs(self, a: str, b: str, both: bool) -> list[list[int]]:
         i, j = self.nodes.index(a), self.nodes.index(b)
@@ -284,5 +383,7 @@ class Lab:
         return report
 
 
-def _as_link(link: str | Link) -> Link:
-    return parse_link(link) if isinstance(link, str) else link
+def _protocol(name: str) -> str:
+    if name not in PROTOCOLS:
+        raise LabError(f"{name!r} is no protocol: {', '.join(PROTOCOLS)}")
+    return name

@@ -21,7 +21,8 @@ class Counter:
 class Path:
     """A first-in first-out pipe with a delay, a rate, a bounded queue and, when asked, holes.
 
-    The owner calls :meth:`push` for every packet and takes from :attr:`queue` what is due.
+    The owner calls :meth:`push` for every packet and takes from :attr:`queue` what is due. It leaves out packets of the
+    IP protocols in :attr:`blocked`: a path does not look into packets.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Path:
         "_loss",
         "_patience",
         "_seconds_per_byte",
+        "blocked",
         "bytes",
         "cut",
         "dropped",
@@ -48,6 +50,7 @@ class Path:
         self._last_due = 0.0
         self.queue: deque[tuple[float, bytes]] = deque()
         self.cut = False
+        self.blocked: frozenset[int] = frozenset()
         self.bytes = self.packets = self.dropped = 0
         self.change(link)
 

@@ -17,13 +17,17 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from heapq import heappop, heappush
 from time import monotonic
 from typing import Any
 
 from bench.lab import namespaces, tun
 from bench.lab.links import Link
+from bench.lab.nat import KINDS, TIMEOUTS_S, Nat
+from bench.lab.packet import PROTOCOLS, Endpoint
 from bench.lab.path import Path
+from bench.lab.routes import HomeNetwork, Routes
 
 BATCH = 64
 """Packets read from one device before the others have their turn."""
@@ -37,14 +41,14 @@ class Router:
 
     Args:
         devices: file descriptors, one per node.
-        addresses: packed IPv4 or IPv6 address to the node's index.
+        routes: who has which address.
         link: of every pair, until changed.
         seed: of loss and jitter.
     """
 
-    def __init__(self, devices: list[int], addresses: dict[bytes, int], link: Link, seed: int, mtu: int) -> None:
+    def __init__(self, devices: list[int], routes: Routes, link: Link, seed: int, mtu: int) -> None:
         self._devices = devices
-        self._addresses = addresses
+        self.routes = routes
         self._read_size = tun.HEADER + max(mtu, tun.TRAIN_BYTES + 256)
         chance = random.Random(seed).random
         count = len(devices)
@@ -81,14 +85,17 @@ class Router:
 
     def _read(self, fd: int) -> None:
         source = self._index[fd]
-        read, size, addresses = os.read, self._read_size, self._addresses
+        read, size, addresses = os.read, self._read_size, self.routes.near(source)
         try:
             for _ in range(BATCH):
                 packet = read(fd, size)
                 four = packet[_IP] >> 4 == 4
                 goal = addresses.get(packet[_IP + 16 : _IP + 20] if four else packet[_IP + 24 : _IP + 40])
                 if goal is None:
-                    self._flood(source, packet)
+                    if is_for_many(packet):
+                        self._flood(source, packet)
+                    elif self.routes.homes:
+                        self._leave(source, packet)
                 elif goal != source:
                     self._push((source, goal), packet)
         except BlockingIOError:
@@ -97,16 +104,34 @@ class Router:
             pass
 
     def _push(self, pair: tuple[int, int], packet: bytes) -> None:
-        due = self.paths[pair].push(packet, monotonic(), *tun.wire_size(packet))
+        path = self.paths[pair]
+        if path.blocked and packet[_IP + (9 if packet[_IP] >> 4 == 4 else 6)] in path.blocked:
+            path.dropped += 1
+            return
+        due = path.push(packet, monotonic(), *tun.wire_size(packet))
         if due is not None and pair not in self._scheduled:
             self._scheduled.add(pair)
             heappush(self._heap, (due, pair))
 
     def _flood(self, source: int, packet: bytes) -> None:
-        if is_for_many(packet):
-            for goal in range(len(self._devices)):
-                if goal != source:
-                    self._push((source, goal), packet)
+        for goal in self.routes.neighbours(source):
+            self._push((source, goal), packet)
+
+    def _leave(self, source: int, packet: bytes) -> None:
+        crossing = self.routes.leave(source, packet[_IP:], monotonic(), partial=bool(packet[0] & tun.PARTIAL_CHECKSUM))
+        if crossing is None:
+            return
+        goal, translated = crossing
+        if goal != source:
+            self._push((source, goal), packet[:_IP] + translated)
+        else:  # through its own router back to itself: there is no link to cross
+            self._arrive(goal, packet[:_IP] + translated)
+
+    def _arrive(self, goal: int, packet: bytes) -> None:
+        crossing = self.routes.arrive(goal, packet[_IP:], monotonic(), partial=bool(packet[0] & tun.PARTIAL_CHECKSUM))
+        if crossing is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._devices[crossing[0]], packet[:_IP] + crossing[1])
 
     def _deliver(self) -> None:
         heap, write = self._heap, os.write
@@ -115,13 +140,17 @@ class Router:
             _, pair = heappop(heap)
             queue = self.paths[pair].queue
             fd = self._devices[pair[1]]
+            behind_nat = self.routes.behind_nat(pair[1])
             for _ in range(BATCH):
                 if not queue or queue[0][0] > now:
                     break
                 due, packet = queue.popleft()
-                # A device that is going down refuses packets: so does a machine.
-                with contextlib.suppress(OSError):
-                    write(fd, packet)
+                if behind_nat:
+                    self._arrive(pair[1], packet)
+                else:
+                    # A device that is going down refuses packets: so does a machine.
+                    with contextlib.suppress(OSError):
+                        write(fd, packet)
                 self.delivered += 1
                 if now - due > TOLERANCE_S:
                     self.late += 1
@@ -153,6 +182,11 @@ class Keeper:
             return {}
         if operation == "counters":
             return self._counters(bool(request.get("reset")))
+        if operation == "move":
+            self._router.routes.place(request["node"], _packed(request["addresses"]), request["home"])
+            return {}
+        if "home" in request:
+            return self._nat(operation, self._router.routes.homes[request["home"]].nat, request)
         paths = [self._router.paths[i, j] for i, j in request["pairs"]]
         for path in paths:
             if operation == "link":
@@ -161,9 +195,34 @@ class Keeper:
                 path.sever()
             elif operation == "heal":
                 path.cut = False
+            elif operation == "block":
+                path.blocked |= {PROTOCOLS[request["protocol"]]}
+            elif operation == "unblock":
+                path.blocked -= {PROTOCOLS[request["protocol"]]}
         if operation == "link":
             self._router.links_changed()
         return {}
+
+    def _nat(self, operation: str, nat: Nat, request: dict[str, Any]) -> dict[str, Any]:
+        if operation == "reboot":
+            nat.reboot()
+        elif operation == "renumber":
+            nat.renumber(_packed([request["public"]])[0])
+        elif operation == "forward":
+            inside = Endpoint(_packed([request["address"]])[0], request["port"])
+            nat.forward(PROTOCOLS[request["protocol"]], request["outside_port"], inside)
+        names = {number: name for name, number in PROTOCOLS.items()}
+        leases = [
+            (
+                names[lease.protocol],
+                socket.inet_ntoa(lease.inside.host),
+                lease.inside.port,
+                lease.port,
+                len(lease.remotes),
+            )
+            for lease in nat.leases(monotonic())
+        ]
+        return {"leases": leases, "refused_in": nat.refused_in, "refused_out": nat.refused_out}
 
     def _counters(self, reset: bool) -> dict[str, Any]:
         router = self._router
@@ -179,20 +238,37 @@ class Keeper:
 
 def build(setup: dict[str, Any]) -> Router:
     """Make the namespaces and devices that ``setup`` describes."""
-    devices, table = [], {}
+    devices = []
+    chance = random.Random(setup["seed"]).random
+    routes = Routes(len(setup["nodes"]), [HomeNetwork(_build_nat(home, chance)) for home in setup["homes"]])
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
     for index, node in enumerate(setup["nodes"]):
         name = setup["prefix"] + node["name"]
         namespaces.create(name)
         devices.append(tun.open_device(name))
-        tun.configure(name, node["addresses"], setup["mtu"])
-        for address in node["addresses"]:
-            table[ipaddress.ip_interface(address).packed] = index
+        tun.configure(name, node["addresses"], setup["mtu"], gateway=bool(setup["homes"]))
+        routes.place(index, _packed(node["addresses"]), node["home"])
     namespaces.enter_fd(home)
     tun.set_congestion_control([setup["prefix"] + node["name"] for node in setup["nodes"]], setup["congestion"])
     namespaces.enter_fd(home)
     os.close(home)
-    return Router(devices, table, Link(**setup["link"]), setup["seed"], setup["mtu"])
+    return Router(devices, routes, Link(**setup["link"]), setup["seed"], setup["mtu"])
+
+
+def _build_nat(home: dict[str, Any], chance: Callable[[], float]) -> Nat:
+    timeouts_s = {**TIMEOUTS_S, **{PROTOCOLS[name]: seconds for name, seconds in home["timeouts_s"].items()}}
+    return Nat(
+        _packed([home["public"]])[0],
+        KINDS[home["kind"]],
+        chance,
+        preserve_port=home["preserve_port"],
+        hairpin=home["hairpin"],
+        timeouts_s=timeouts_s,
+    )
+
+
+def _packed(addresses: list[str]) -> list[bytes]:
+    return [ipaddress.ip_interface(address).packed for address in addresses]
 
 
 def take_precedence() -> None:

@@ -16,6 +16,8 @@ _IFF_VNET_HDR = 0x4000
 _TUNSETOFFLOAD = 0x400454D0
 _TUN_F_CSUM, _TUN_F_TSO4, _TUN_F_TSO6 = 1, 2, 4
 
+PARTIAL_CHECKSUM = 1
+"""In the first byte of the header: the checksum's place holds the sum over addresses and length only."""
 HEADER = 10
 """Bytes before every packet read or written: the kernel's note on checksums and segmentation (virtio_net_hdr)."""
 TRAIN_BYTES = 16384
@@ -62,26 +64,46 @@ def wire_size(packet: bytes) -> tuple[int, int]:
     return size + (count - 1) * headers, count
 
 
-def configure(namespace: str, addresses: list[str], mtu: int) -> None:
-    """Give the device its addresses (``a.b.c.d/n`` or IPv6) and routes. The calling thread must be in the namespace."""
+def configure(namespace: str, addresses: list[str], mtu: int, *, gateway: bool) -> None:
+    """Give the device its addresses (``a.b.c.d/n`` or IPv6) and routes. The calling thread must be in the namespace.
+
+    Args:
+        gateway: whether packets to any address go out, rather than to those of the device's networks alone.
+    """
     script = ["link set lo up", f"link set {DEVICE} mtu {mtu} txqueuelen {_QUEUE_PACKETS} multicast on"]
     script.append(f"link set {DEVICE} gso_max_size {TRAIN_BYTES}")
-    six = [address for address in addresses if ":" in address]
+    six = any(":" in address for address in addresses)
     _write("net/ipv6/conf/all/disable_ipv6", "0" if six else "1")
     if six:
         # Link-local addresses would only add chatter: nothing here answers router solicitations.
         script.append(f"link set {DEVICE} addrgenmode none")
     script.append(f"link set {DEVICE} up")
+    namespaces.run_ip(
+        "-n", namespace, "-batch", "-", script="\n".join([*script, *_addressing(addresses, gateway)]) + "\n"
+    )
+    for key, value in _SETTINGS.items():
+        _write(key, value)
+
+
+def readdress(namespace: str, addresses: list[str], *, gateway: bool) -> None:
+    """Give a device in use other addresses; what is bound to the old ones sends no more."""
+    script = [f"addr flush dev {DEVICE}", *_addressing(addresses, gateway)]
+    namespaces.run_ip("-n", namespace, "-batch", "-", script="\n".join(script) + "\n")
+
+
+def _addressing(addresses: list[str], gateway: bool) -> list[str]:
+    script = []
     for address in addresses:
         if ":" in address:
             script.append(f"addr add {address} dev {DEVICE} nodad")
         else:
             script.append(f"addr add {address} broadcast + dev {DEVICE}")
-    script.append(f"route add 224.0.0.0/4 dev {DEVICE}")
-    script.append(f"route add 255.255.255.255/32 dev {DEVICE}")
-    namespaces.run_ip("-n", namespace, "-batch", "-", script="\n".join(script) + "\n")
-    for key, value in _SETTINGS.items():
-        _write(key, value)
+    # The kernel forgets a device's routes with its last address.
+    script.append(f"route replace 224.0.0.0/4 dev {DEVICE}")
+    script.append(f"route replace 255.255.255.255/32 dev {DEVICE}")
+    if gateway:
+        script.append(f"route replace default dev {DEVICE}")
+    return script
 
 
 def set_congestion_control(names: list[str], algorithm: str) -> None:

@@ -57,9 +57,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def print_layout(layout: dict[str, Any], extra: str = "") -> None:
     """A layout as `status` and `plan` have it: the model, and who carries what."""
     model = layout["model"]
+    kept = layout.get("prompt_cache_bytes")  # not said by an older node
+    keeps = f", {format_size(kept)} for earlier conversations" if kept else ""
     click.echo(
         f"{printable(model['name'])}  {format_size(model['size_bytes'])}, {model['n_layers']} layers, "
-        f"{layout['mode']}, {extra}predicted {layout['predicted_ms_per_token']:.0f} ms/token\n"
+        f"{layout['mode']}, {extra}predicted {layout['predicted_ms_per_token']:.0f} ms/token{keeps}\n"
     )
     rows = [
         [

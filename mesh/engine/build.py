@@ -47,6 +47,25 @@ _BYTES_PER_JOB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """Something that is made of the patched source, and kept in the cache.
+
+    Args:
+        entry: where it belongs, named after everything that goes into it.
+        flags: CMake's.
+        targets: what is compiled.
+        gather: copies what is kept from the source's tree and the build's into the last directory.
+        describe: the record of that directory, given when it was built and how many seconds that took.
+    """
+
+    entry: Path
+    flags: tuple[str, ...]
+    targets: tuple[str, ...]
+    gather: Callable[[Path, Path, Path], None]
+    describe: Callable[[Path, int, float], str]
+
+
+@dataclass(frozen=True, slots=True)
 class _Workshop:
     """The places of one build."""
 
@@ -66,25 +85,40 @@ def build_engine(progress: BuildProgress, backend: str = "cpu") -> Engine:
     """
     if engine := find_engine(backend):
         return engine
-    toolchain = find_toolchain(backend)
-    root = cache_root()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _sole_builder(root, progress):
-            if engine := find_engine(backend):
-                return engine
-            _sweep(root)
-            _build(root, toolchain, backend, progress)
-    except OSError as error:
-        raise EngineError(
-            f"the engine cannot be built in {root}: {error}",
-            remedy="free some disk space (2 GB), or point MESH_CACHE_DIR elsewhere",
-        ) from error
+
+    def record(directory: Path, built_at: int, seconds: float) -> str:
+        return describe(directory, backend, build_flags(backend), built_at=built_at, seconds=seconds)
+
+    product = Product(entry_dir(backend), build_flags(backend), BINARIES, _gather, record)
+    build_product(product, lambda: find_engine(backend) is not None, find_toolchain(backend), progress)
     engine = find_engine(backend)
     if engine is None:
         raise EngineError(f"the engine was built in {entry_dir(backend)}, but is not whole", remedy="mesh engine build")
     progress.phase("the engine is built")
     return engine
+
+
+def build_product(
+    product: Product, is_built: Callable[[], bool], toolchain: Toolchain, progress: BuildProgress
+) -> None:
+    """Make ``product`` unless somebody else has in the meantime, which ``is_built`` says.
+
+    Raises:
+        EngineError: the source cannot be had, or it does not compile.
+    """
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _sole_builder(root, progress):
+            if is_built():
+                return
+            _sweep(root)
+            _build(root, toolchain, product, progress)
+    except OSError as error:
+        raise EngineError(
+            f"the engine cannot be built in {root}: {error}",
+            remedy="free some disk space (2 GB), or point MESH_CACHE_DIR elsewhere",
+        ) from error
 
 
 @contextmanager
@@ -107,10 +141,10 @@ def _sweep(root: Path) -> None:
         shutil.rmtree(debris, ignore_errors=True)
 
 
-def _build(root: Path, toolchain: Toolchain, backend: str, progress: BuildProgress) -> None:
+def _build(root: Path, toolchain: Toolchain, product: Product, progress: BuildProgress) -> None:
     started = time.monotonic()
     archive = fetch_source(progress)
-    entry = entry_dir(backend)
+    entry = product.entry
     (root / "logs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=root, ignore_cleanup_errors=True) as scratch:
         shop = _Workshop(
@@ -122,20 +156,21 @@ def _build(root: Path, toolchain: Toolchain, backend: str, progress: BuildProgre
             progress.phase(f"patching: {patch.name}")
             apply_patch(shop.tree, patch)
         with shop.log.open("w", encoding="utf-8") as log:
-            _compile(shop, toolchain, backend, progress, log)
+            _compile(shop, toolchain, product, progress, log)
         progress.phase("keeping the result")
-        _collect(shop)
-        record = describe(shop.result, backend, built_at=int(time.time()), seconds=time.monotonic() - started)
+        shop.result.mkdir()
+        product.gather(shop.tree, shop.objects, shop.result)
+        record = product.describe(shop.result, int(time.time()), time.monotonic() - started)
         (shop.result / RECORD).write_text(record, "utf-8")
         if entry.exists():  # not whole, or find_engine had returned it
             shutil.rmtree(entry)
         shop.result.rename(entry)
 
 
-def _compile(shop: _Workshop, toolchain: Toolchain, backend: str, progress: BuildProgress, log: IO[str]) -> None:
+def _compile(shop: _Workshop, toolchain: Toolchain, product: Product, progress: BuildProgress, log: IO[str]) -> None:
     progress.phase("configuring")
     configure = [str(toolchain.cmake), "-S", str(shop.tree), "-B", str(shop.objects), "-G", "Ninja"]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={toolchain.ninja}", *build_flags(backend)]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={toolchain.ninja}", *product.flags]
     _run("configuring", configure, shop, log, lambda _: None)
 
     def report(line: str) -> None:
@@ -143,7 +178,8 @@ def _compile(shop: _Workshop, toolchain: Toolchain, backend: str, progress: Buil
             progress.advance(int(step[1]), int(step[2]), "targets")
 
     progress.phase("compiling")
-    compile_ = [str(toolchain.cmake), "--build", str(shop.objects), "--parallel", str(_jobs()), "--target", *BINARIES]
+    compile_ = [str(toolchain.cmake), "--build", str(shop.objects), "--parallel", str(_jobs())]
+    compile_ += ["--target", *product.targets]
     _run("compiling", compile_, shop, log, report)
 
 
@@ -207,12 +243,9 @@ def _telling(lines: list[str], count: int = 15) -> list[str]:
     return lines[-count:]
 
 
-def _collect(shop: _Workshop) -> None:
-    shop.result.mkdir()
+def _gather(tree: Path, objects: Path, result: Path) -> None:
     for name in BINARIES:
-        shutil.copy2(executable(shop.objects / "bin", name), executable(shop.result, name))
-    (shop.result / "vocab").mkdir()
+        shutil.copy2(executable(objects / "bin", name), executable(result, name))
+    (result / "vocab").mkdir()
     for name in VOCABULARIES:
-        shutil.copyfile(
-            shop.tree / "models" / f"ggml-vocab-{name}.gguf", shop.result / "vocab" / f"ggml-vocab-{name}.gguf"
-        )
+        shutil.copyfile(tree / "models" / f"ggml-vocab-{name}.gguf", result / "vocab" / f"ggml-vocab-{name}.gguf")

@@ -102,13 +102,17 @@ def cache_key(pin: str, flags: tuple[str, ...], system: str, features: str) -> s
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
+def entry_named(name: str, flags: tuple[str, ...]) -> Path:
+    """Where something that is built here from this version's source with ``flags`` belongs, built or not."""
+    return cache_root() / f"{name}-{cache_key(engine_pin(), flags, platform_tag(), cpu_features())}"
+
+
 def entry_dir(backend: str) -> Path:
     """Where the engine of this version of mesh for this machine belongs, built or not."""
-    key = cache_key(engine_pin(), build_flags(backend), platform_tag(), cpu_features())
-    return cache_root() / f"{backend}-{key}"
+    return entry_named(backend, build_flags(backend))
 
 
-def describe(directory: Path, backend: str, *, built_at: int, seconds: float) -> str:
+def describe(directory: Path, backend: str, flags: tuple[str, ...], *, built_at: int, seconds: float) -> str:
     """The text of ``engine.json`` for a directory that holds all its files."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != RECORD)
     record = {
@@ -117,7 +121,7 @@ def describe(directory: Path, backend: str, *, built_at: int, seconds: float) ->
         "source": SOURCE,
         "patches": queue_digest(patch_queue()),
         "backend": backend,
-        "flags": build_flags(backend),
+        "flags": flags,
         "platform": platform_tag(),
         "built_at": built_at,
         "build_seconds": round(seconds, 1),
@@ -126,19 +130,23 @@ def describe(directory: Path, backend: str, *, built_at: int, seconds: float) ->
     return json.dumps(record, indent=1)
 
 
-def open_engine(directory: Path, backend: str) -> Engine | None:
-    """The engine in ``directory``, or None unless every file of it is there in full."""
+def open_programs(directory: Path, names: tuple[str, ...]) -> list[Path] | None:
+    """The programs in ``directory``, or None unless every file that belongs there is there in full."""
     try:
         record = json.loads((directory / RECORD).read_text("utf-8"))
         whole = all((directory / name).stat().st_size == size for name, size in record["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    programs = [executable(directory, name) for name in BINARIES]
+    programs = [executable(directory, name) for name in names]
     if not whole or record.get("format") != _RECORD_FORMAT or record.get("pin") != engine_pin():
         return None
-    if not all(os.access(program, os.X_OK) for program in programs):
-        return None
-    return Engine(directory, record["pin"], backend, *programs)
+    return programs if all(os.access(program, os.X_OK) for program in programs) else None
+
+
+def open_engine(directory: Path, backend: str) -> Engine | None:
+    """The engine in ``directory``, or None unless every file of it is there in full."""
+    programs = open_programs(directory, BINARIES)
+    return None if programs is None else Engine(directory, engine_pin(), backend, *programs)
 
 
 def find_engine(backend: str = "cpu") -> Engine | None:

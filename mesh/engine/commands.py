@@ -18,6 +18,7 @@ from mesh.wire.facts import Layout, NodeId, RingMember
 
 LOOPBACK = "127.0.0.1"
 _CPU_MICRO_BATCH, _GPU_MICRO_BATCH, _BATCH = 64, 256, 512
+MIB = 1 << 20
 _MAX_DEVICES = 15
 """The engine reads a split of fewer than 16 numbers."""
 # Anchored: a bare "output" is in every "attn_output", and sends each layer home and back.
@@ -45,7 +46,6 @@ def llama_server_command(
     api_key: str = "",
     gpu_layers: int | None = None,
     embeddings: bool = True,
-    prompt_cache_mib: int = 0,
     wire_dtype: str = "f32",
 ) -> Launch:
     """The host's server.
@@ -57,8 +57,6 @@ def llama_server_command(
         rpc_secret: what every worker's server of this epoch expects, 16 to 64 bytes.
         gpu_layers: in solo mode on a GPU, how many layers (the last ones) it takes; None for all.
         embeddings: answer ``/v1/embeddings`` too, by the mean over all tokens; costs ``512 * n_vocab * 4`` bytes.
-        prompt_cache_mib: in solo mode, memory beyond the layout's for the caches of conversations that lost their slot;
-            the engine's own default is 8 GB, which no layout counts.
         wire_dtype: number format of activations between machines, ``f32`` or ``f16``, which rounds them.
 
     Raises:
@@ -78,11 +76,14 @@ def llama_server_command(
     env = {"MESH_MICRO_BATCH": str(micro_batch(layout))}
     if layout.workers:
         argv += split_arguments(layout, endpoints)
-        # Prompts saved to host memory, and checkpoints, would drag the KV cache through the network. A mapped file
-        # would be read in whole, the workers' layers included.
-        argv += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
+        # Checkpoints are made in host memory, and would drag the KV cache through the network. A mapped file would be
+        # read in whole, the workers' layers included.
+        argv += ["-lm", "none", "-ctxcp", "0"]
         # The server sends two tokens around the ring before it serves, warm-up or not.
         argv += ["--no-warmup"]
+        # Workers never repack weights. Where the host's CPU would, its results depend on what else is in the batch, and
+        # the same prompt may be continued in two ways.
+        argv += ["--no-repack"]
         env["MESH_GGUF_ID"] = layout.model.fingerprint
         env["MESH_RPC_SECRET"] = _secret(rpc_secret)
         if wire_dtype != "f32":
@@ -91,7 +92,14 @@ def llama_server_command(
             seats = zip(endpoints, layout.workers, strict=True)
             env["MESH_RPC_RING"] = ",".join(f"{endpoint}={worker.id}" for endpoint, worker in seats)
     else:
-        argv += [*solo_arguments(layout.ring[0], gpu_layers), "-cram", str(prompt_cache_mib)]
+        argv += solo_arguments(layout.ring[0], gpu_layers)
+    on_two_devices = not layout.workers and gpu_layers is not None
+    if layout.prompt_cache_bytes >= MIB and not on_two_devices:
+        # Idle slots are left where they are: a second copy of each would only take room from other conversations.
+        argv += ["-cram", str(layout.prompt_cache_bytes // MIB), "--no-cache-idle-slots"]
+        env["MESH_KV_ON_DEVICE"] = _kept_bytes(layout, endpoints)
+    else:
+        argv += ["-cram", "0"]  # the engine's own default is 8 GB, which no layout counts
     if api_key:
         env["LLAMA_API_KEY"] = api_key
     return Launch(tuple(argv), env)
@@ -106,6 +114,12 @@ def micro_batch(layout: Layout) -> int:
     if all(member.device == "CPU" for member in layout.ring):
         return _CPU_MICRO_BATCH
     return _GPU_MICRO_BATCH if layout.workers else _BATCH
+
+
+def _kept_bytes(layout: Layout, endpoints: Sequence[str]) -> str:
+    """Where the engine may keep how much of conversations that lost their slot."""
+    places = zip(("local", *endpoints), layout.ring, strict=True)
+    return ",".join(f"{place}={layout.prompt_cache_share(member.layers)}" for place, member in places)
 
 
 def solo_arguments(host: RingMember, gpu_layers: int | None = None) -> list[str]:

@@ -16,9 +16,20 @@ PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 """Of the source distribution, as the package index publishes it."""
-ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
-TREE = PurePosixPath(f"llama_cpp_python-{VERSION}/vendor/llama.cpp")
-"""Where the engine's tree lies in the archive; nothing else of it is unpacked."""
+
+
+def archive_name(version: str) -> str:
+    """The file that the package index has of ``version``."""
+    return f"llama_cpp_python-{version}.tar.gz"
+
+
+def tree_in_archive(version: str) -> PurePosixPath:
+    """Where the engine's tree lies in the archive; nothing else of it is unpacked."""
+    return PurePosixPath(f"llama_cpp_python-{version}/vendor/llama.cpp")
+
+
+ARCHIVE = archive_name(VERSION)
+TREE = tree_in_archive(VERSION)
 SOURCE = f"{PACKAGE}=={VERSION} sha256:{SHA256}"
 
 _CHECKOUT = Path(__file__).resolve().parents[2]

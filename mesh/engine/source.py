@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from mesh.engine.cache import cache_root
-from mesh.engine.pin import ARCHIVE, PACKAGE, SHA256, TREE, VERSION, data_dir
+from mesh.engine.pin import ARCHIVE, PACKAGE, SHA256, TREE, VERSION, archive_name, data_dir
 from mesh.errors import EngineError
 
 _RAW_PROGRESS = re.compile(r"^Progress (\d+) of (\d+)")
@@ -42,15 +42,15 @@ def fetch_source(progress: BuildProgress) -> Path:
     kept = cache_root() / "sources" / ARCHIVE
     if kept.is_file():
         progress.phase(f"checking the source ({PACKAGE} {VERSION})")
-        if _sha256(kept) == SHA256:
+        if sha256_of(kept) == SHA256:
             return kept
         kept.unlink()
     progress.phase(f"fetching the source ({PACKAGE} {VERSION}, 77 MB)")
     kept.parent.mkdir(parents=True, exist_ok=True)
     # Named like an unfinished build, so that one that was interrupted is swept with them.
     with tempfile.TemporaryDirectory(prefix="building-source-", dir=cache_root()) as scratch:
-        fetched = _download(Path(scratch), progress)
-        digest = _sha256(fetched)
+        fetched = download_source(VERSION, SHA256, Path(scratch), progress)
+        digest = sha256_of(fetched)
         if digest != SHA256:
             raise EngineError(
                 f"the source of the engine is not the pinned one: {fetched.name} has SHA-256 {digest}, not {SHA256}",
@@ -60,24 +60,31 @@ def fetch_source(progress: BuildProgress) -> Path:
     return kept
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hex, over the file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(directory: Path, progress: BuildProgress) -> Path:
+def download_source(version: str, sha256: str | None, directory: Path, progress: BuildProgress) -> Path:
+    """The archive of ``version`` from the package index, in ``directory``; pip checks the hash when one is known.
+
+    Raises:
+        EngineError: it cannot be had, or has another hash.
+    """
     if importlib.util.find_spec("pip") is None:
         raise EngineError(
             "the engine's source is fetched with pip, which this Python does not have",
             remedy=f"{sys.executable} -m ensurepip --upgrade",
         )
     wanted = directory / "source.txt"
-    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n", "utf-8")
-    version = tuple(int(n) for n in re.findall(r"\d+", importlib.metadata.version("pip"))[:2])
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
+    wanted.write_text(f"{PACKAGE}=={version}{f' --hash=sha256:{sha256}' if sha256 else ''}\n", "utf-8")
+    pip_version = tuple(int(n) for n in re.findall(r"\d+", importlib.metadata.version("pip"))[:2])
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+    command += ["--require-hashes"] if sha256 else []
     # The archive's own build backend would be installed and run to learn a name we know: see native/README.md.
     command += ["--no-build-isolation", "--no-input", "--disable-pip-version-check"]
-    command += ["--progress-bar", "raw" if version >= (24, 1) else "off"]
+    command += ["--progress-bar", "raw" if pip_version >= (24, 1) else "off"]
     command += ["--dest", str(directory), "--requirement", str(wanted)]
     environment = dict(os.environ, PYTHONPATH=str(data_dir("native") / "metadata_only"), PYTHONUNBUFFERED="1")
     said: list[str] = []
@@ -90,16 +97,16 @@ def _download(directory: Path, progress: BuildProgress) -> Path:
                 progress.advance(int(match[1]), int(match[2]), "bytes")
             else:
                 said.append(line.rstrip())
-    archive = directory / ARCHIVE
+    archive = directory / archive_name(version)
     if pip.returncode != 0 or not archive.is_file():
         raise EngineError(
-            f"the engine's source ({PACKAGE} {VERSION}) could not be downloaded:\n  " + "\n  ".join(said[-8:]),
+            f"the engine's source ({PACKAGE} {version}) could not be downloaded:\n  " + "\n  ".join(said[-8:]),
             remedy="check the network connection, and try again: mesh engine build",
         )
     return archive
 
 
-def unpack_source(archive: Path, into: Path) -> Path:
+def unpack_source(archive: Path, into: Path, tree: PurePosixPath = TREE) -> Path:
     """Unpack the engine's tree below ``into``: regular files and directories only. Returns its root.
 
     Raises:
@@ -110,9 +117,9 @@ def unpack_source(archive: Path, into: Path) -> Path:
         with tarfile.open(archive, "r|gz") as members:
             for member in members:
                 path = PurePosixPath(member.name)
-                if not path.is_relative_to(TREE) or ".." in path.parts or not (member.isfile() or member.isdir()):
+                if not path.is_relative_to(tree) or ".." in path.parts or not (member.isfile() or member.isdir()):
                     continue
-                target = into / path.relative_to(TREE)
+                target = into / path.relative_to(tree)
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)
                     continue

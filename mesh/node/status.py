@@ -104,6 +104,7 @@ def _layout(layout: Layout) -> dict[str, Any]:
             for member in layout.ring
         ],
         "predicted_ms_per_token": round(layout.predicted_ms_per_token, 1),
+        "prompt_cache_bytes": layout.prompt_cache_bytes,
     }
 
 

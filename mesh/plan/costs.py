@@ -51,7 +51,8 @@ class Costs:
     def __init__(self, model: ModelCost, ctx_size: int, parallel: int) -> None:
         self.model = model
         self.context = -(-ctx_size // CONTEXT_STEP) * CONTEXT_STEP
-        tokens = self.context * parallel
+        self.tokens = tokens = self.context * parallel
+        """Of all slots."""
         self.weights = (0, *accumulate(model.layer_bytes))
         """Of the first n layers."""
         per_layer = zip(model.layer_bytes, model.kv_bytes_per_token, strict=True)
@@ -93,6 +94,10 @@ class Costs:
     def layers(self, first: int, end: int) -> int:
         """Weights and KV cache of layers ``first`` to ``end - 1``."""
         return self.needs[end] - self.needs[first]
+
+    def kv_per_token(self, first: int, end: int) -> int:
+        """KV cache of one token in layers ``first`` to ``end - 1``."""
+        return sum(self.model.kv_bytes_per_token[first:end])
 
     def compute_ms(self, first: int, end: int, speed: float, *, host: bool) -> float:
         """Time that these layers take for one token; the host's output layer included."""

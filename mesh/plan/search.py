@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from msgspec.structs import replace
+
 from mesh.plan.costs import Costs, Rtts, rtt, sound
 from mesh.plan.divide import divide
 from mesh.plan.eligible import Seat, candidates, seats_of, too_small
 from mesh.plan.reasons import not_needed, shortage, why
 from mesh.plan.ring import EXACT, MAX_RING, ring_ms, short_ring, worthwhile_orders
+from mesh.plan.spare import prompt_cache_bytes
 from mesh.wire.facts import Layout, ModelCost, NodeFacts, NodeId, RingMember
 
 DEFAULT_CTX = 4096
@@ -231,7 +234,8 @@ def _layout(ring: _Ring, costs: Costs, ctx_size: int, parallel: int) -> Layout:
         )
         for i, (seat, (first, end)) in enumerate(zip(ring.seats, ring.ranges, strict=True))
     )
-    return Layout(
+    spares = [seat.usable - member.bytes for seat, member in zip(ring.seats, members, strict=True)]
+    layout = Layout(
         mode="solo" if len(members) == 1 else "split",
         host=members[0].id,
         model=costs.model,
@@ -239,6 +243,10 @@ def _layout(ring: _Ring, costs: Costs, ctx_size: int, parallel: int) -> Layout:
         ctx_size=ctx_size,
         parallel=parallel,
         predicted_ms_per_token=round(ring.ms, 3),
+        prompt_cache_bytes=prompt_cache_bytes(ring.ranges, spares, costs),
+    )
+    return replace(
+        layout, ring=tuple(replace(m, bytes=m.bytes + layout.prompt_cache_share(m.layers)) for m in layout.ring)
     )
 
 

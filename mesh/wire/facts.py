@@ -115,7 +115,7 @@ class RingMember(Struct, frozen=True):
     name: Name
     layers: tuple[int, int] | None
     bytes: Bytes64
-    """Weights, KV cache and compute buffers."""
+    """Weights, KV cache, compute buffers, and what it keeps of conversations that lost their slot."""
     device: Name
 
 
@@ -130,6 +130,14 @@ class Layout(Struct, frozen=True):
     """Context of one slot, tokens."""
     parallel: Annotated[int, Meta(ge=1, le=256)]
     predicted_ms_per_token: float = 0.0
+    prompt_cache_bytes: Bytes64 = 0
+    """For conversations that lost their slot, over the whole ring; each member has it in proportion to its KV cache."""
+
+    def prompt_cache_share(self, layers: tuple[int, int] | None) -> int:
+        """What a member with these layers may keep of ``prompt_cache_bytes``."""
+        per_token = self.model.kv_bytes_per_token
+        carried = sum(per_token[layers[0] : layers[1] + 1]) if layers is not None else 0
+        return self.prompt_cache_bytes * carried // sum(per_token) if carried else 0
 
     def shape(self) -> tuple[object, ...]:
         """What must differ for a restart to be worth it; predictions do not count."""

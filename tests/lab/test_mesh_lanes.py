@@ -11,13 +11,6 @@ from tests.lab.mesh_kit import IN_LAB, ask, model_file, reference
 
 pytestmark = IN_LAB
 MACHINES = ("a", "b")
-ANSWERS = ("ipproto", "tcp", "sport", "7842", "blackhole")
-"""What the kernel must not route: a dialer hears nothing at all, as behind most firewalls."""
-
-
-def block_tcp(lab: Lab, blocked: bool) -> None:
-    for machine in MACHINES:
-        assert lab.run(machine, ["ip", "rule", "add" if blocked else "del", *ANSWERS]).returncode == 0
 
 
 def paths(status: dict[str, Any]) -> list[str]:
@@ -28,7 +21,7 @@ def test_where_tcp_is_swallowed_the_mesh_serves_over_quic_until_it_is_let_throug
     model = model_file("demo")
     expected = reference(model)
     with Lab(MACHINES) as lab:
-        block_tcp(lab, True)
+        lab.block(*MACHINES, "tcp")
         nodes = [MeshNode(lab, name, tmp_path, model=model, arguments=("--split", "always")) for name in MACHINES]
         try:
             nodes[0].start()
@@ -37,7 +30,7 @@ def test_where_tcp_is_swallowed_the_mesh_serves_over_quic_until_it_is_let_throug
             for node in nodes:
                 assert paths(node.wait_serving(60, members=2)) == ["quic"]
                 assert ask(node) == expected
-            block_tcp(lab, False)
+            lab.unblock(*MACHINES, "tcp")
             for node in nodes:
                 node.wait(lambda status: paths(status) == ["tcp"], 60, "TCP to be tried again")
                 assert ask(node) == expected

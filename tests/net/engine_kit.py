@@ -121,14 +121,14 @@ async def running(launch: Launch) -> AsyncIterator[Process]:
         await listening
 
 
-def ask(port: int, path: str, body: dict[str, Any] | None = None, key: str = "") -> Any:
+def ask(port: int, path: str, body: dict[str, Any] | None = None, key: str = "", within: float = 30) -> Any:
     """One request to a llama-server; blocking."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Content-Type": "application/json"})
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     if body is not None:
         request.data = json.dumps(body).encode()
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=within) as answer:
         return json.load(answer)
 
 

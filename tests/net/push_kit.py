@@ -48,8 +48,15 @@ async def push_ring(
     parallel: int = 4,
     context: int = 2048,
     strangers: Sequence[int] = (),
+    threads: int = 1,
+    options: Sequence[str] = (),
 ) -> AsyncIterator[PushRing]:
-    """A host and its workers, started; ``strangers`` are workers (from 0) that know no way to the next one."""
+    """A host and its workers, started.
+
+    Args:
+        strangers: workers (from 0) that know no way to the next one.
+        options: what the host's server is told besides what a mesh tells it.
+    """
     ports = [free_port() for _ in counts[1:]]
     async with contextlib.AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(delayed(port, delay_s)) for port in ports[1:]]
@@ -59,7 +66,7 @@ async def push_ring(
             launch = rpc_server_command(
                 engine,
                 worker_port,
-                threads=1,
+                threads=threads,
                 model_files=[file],
                 fingerprint=IDENTITY,
                 rpc_secret=SECRET,
@@ -76,9 +83,10 @@ async def push_ring(
             file,
             port,
             [f"127.0.0.1:{link.port}" for link in links],
-            threads=1,
+            threads=threads,
             rpc_secret=SECRET,
         )
+        launch = Launch((*launch.argv, *options), launch.env)
         host = await stack.enter_async_context(running(launch))
         yield PushRing(port, host, workers, links, peers, launch)
 
@@ -167,14 +175,14 @@ class Memory:
     async def of(cls, client: Client, size: int) -> Memory:
         return cls(client, *await client.buffer(size))
 
-    def request(self, number: int, size: int, channel: int = 0, at: int = 0) -> bytes:
-        return struct.pack("<IQQQQ", channel, number, self.handle, self.base + at, size)
+    def request(self, number: int, size: int, channel: int = 0, at: int = 0, half: int = 0) -> bytes:
+        return struct.pack("<IQQQQB", channel, number, self.handle, self.base + at, size, half)
 
     def expect(self, number: int, size: int, channel: int = 0, at: int = 0) -> None:
         self.client.tell(PUSH_EXPECT, self.request(number, size, channel, at))
 
     async def read(self, size: int, at: int = 0) -> bytes:
-        body = tensor(self.handle, self.base + at, size) + struct.pack("<QQ", 0, size)
+        body = tensor(self.handle, self.base + at, size) + struct.pack("<QQB", 0, size, 0)
         return await self.client.ask(GET_TENSOR, body)
 
     def write(self, data: bytes) -> None:

@@ -161,7 +161,7 @@ async def test_a_push_stays_inside_a_buffer(engine: Engine, model: Path, command
     async with rpc_server(engine, model) as server:
         for handle, at, size in [(0, 4033, 64), (0, -1, 64), (0, 0, 2**64 - 1), (0, 0, 0), (8, 0, 64)]:
             memory = await Memory.of(await server.client(NEW), 4096)
-            body = struct.pack("<IQQQQ", 0, 0, memory.handle + handle, memory.base + at, size)
+            body = struct.pack("<IQQQQB", 0, 0, memory.handle + handle, memory.base + at, size, 0)
             memory.client.tell(command, body)
             await is_hung_up(memory.client)
         await is_well(server)
@@ -318,7 +318,7 @@ async def test_malformed_pushes_do_not_harm_the_server(engine: Engine, model: Pa
                 command = chance.choice([PUSH_OPEN, PUSH_CONNECT, PUSH_SEND, PUSH_EXPECT, PUSH_HELLO])
                 body = chance.choice([
                     memory.request(chance.choice([0, 1]), chance.choice([64, 1, *numbers]) % 2**64),
-                    struct.pack("<IQQQQ", *(chance.choice(numbers) % 2**32 for _ in range(5))),
+                    struct.pack("<IQQQQB", *(chance.choice(numbers) % 2**32 for _ in range(5)), chance.randrange(2)),
                     chance.randbytes(chance.choice([0, 8, 36, 140])),
                 ])  # fmt: skip
                 length = chance.choice([len(body), len(body), len(body), *numbers])

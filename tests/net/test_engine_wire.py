@@ -92,21 +92,26 @@ async def listening(worker: Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def ring(engine: Engine, file: Path, counts: Sequence[int], parallel: int = 1) -> AsyncIterator[Server]:
-    """A host and its workers, serving; a host alone for one count."""
+async def ring(
+    engine: Engine, file: Path, counts: Sequence[int], parallel: int = 1, wire_dtype: str = "f32"
+) -> AsyncIterator[Server]:
+    """A host and its workers, which push to each other, serving; a host alone for one count."""
     ports = [free_port() for _ in counts[1:]]
     mode = "split" if ports else "solo"
     plan = layout(list(counts), mode=mode, ctx_size=CONTEXT, parallel=parallel)
     async with contextlib.AsyncExitStack() as stack:
-        for port in ports:
+        for n, port in enumerate(ports):
+            peers = {plan.workers[n + 1].id: f"127.0.0.1:{ports[n + 1]}"} if n + 1 < len(ports) else {}
             launch = rpc_server_command(
-                engine, port, threads=1, model_files=[file], fingerprint=IDENTITY, rpc_secret=SECRET
+                engine, port, threads=1, model_files=[file], fingerprint=IDENTITY, rpc_secret=SECRET, peers=peers
             )
             await listening(await stack.enter_async_context(running(launch)))
         relays = await stack.enter_async_context(relayed(ports))
         endpoints = [f"127.0.0.1:{relay.port}" for relay in relays]
         port = free_port()
-        launch = llama_server_command(engine, plan, file, port, endpoints, threads=1, rpc_secret=SECRET)
+        launch = llama_server_command(
+            engine, plan, file, port, endpoints, threads=1, rpc_secret=SECRET, wire_dtype=wire_dtype
+        )
         host = await stack.enter_async_context(running(launch))
         await serving(host, port)
         yield Server(port, host, relays)
@@ -247,7 +252,7 @@ async def test_what_is_sent_coded_arrives(worker: Worker) -> None:
     head = place + struct.pack("<BQ", 0, 0)
     coded = sequence(head + b"\1\2\3\4", 4000, 4) + sequence(b"end.", 88, 92 + 0) + sequence(b"")
     client.tell_coded(SET_TENSOR, coded, len(head) + 4096)
-    data = await client.ask(GET_TENSOR, place + struct.pack("<QQ", 0, 4096))
+    data = await client.ask(GET_TENSOR, place + struct.pack("<QQB", 0, 4096, 0))
     assert data == b"\1\2\3\4" * 1001 + b"end." + (b"\1\2\3\4" * 1001 + b"end.")[-92:][:88]
 
 
@@ -300,7 +305,7 @@ async def test_malformed_tensors_do_no_harm(worker: Worker) -> None:
                 client.tell(SET_TENSOR, place + struct.pack("<BQ", 0, offset) + bytes(min(size, 5000)))
                 await client.ask(DEVICE_COUNT, b"")
             else:
-                await client.ask(GET_TENSOR, place + struct.pack("<QQ", offset, size))
+                await client.ask(GET_TENSOR, place + struct.pack("<QQB", offset, size, 0))
             continue
         client = await worker.client()
     assert await client.ask(ALLOC_BUFFER, struct.pack("<IQ", 0, 2**64 - 1)) == bytes(24)

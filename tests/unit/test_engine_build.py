@@ -165,12 +165,12 @@ def test_a_failed_compile_names_its_log_and_shows_the_end_of_it(shop: Shop) -> N
 
 
 def test_an_archive_that_is_not_the_pinned_one_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(directory: Path, progress: object) -> Path:
+    def wrong(version: str, sha256: str, directory: Path, progress: object) -> Path:
         (directory / "a").write_text("not it")
         return directory / "a"
 
     cache_root().mkdir(parents=True)
-    monkeypatch.setattr(source, "_download", wrong)
+    monkeypatch.setattr(source, "download_source", wrong)
     with pytest.raises(EngineError, match="not the pinned one"):
         source.fetch_source(Watched())
     assert not list((cache_root() / "sources").iterdir())

@@ -102,11 +102,11 @@ def test_the_output_layer_comes_home() -> None:
 
 
 def test_a_split_takes_endpoints_in_ring_order_and_keeps_the_cache_where_it_is() -> None:
-    launch = llama_server_command(
-        ENGINE, layout([1, 2, 3]), Path("m.gguf"), 8000, ports(2), threads=4, rpc_secret=SECRET
-    )
+    plan = layout([1, 2, 3], prompt_cache_bytes=12 << 20)
+    launch = llama_server_command(ENGINE, plan, Path("m.gguf"), 8000, ports(2), threads=4, rpc_secret=SECRET)
     assert argument(launch.argv, "--rpc") == "127.0.0.1:7000,127.0.0.1:7001"
-    assert argument(launch.argv, "-cram") == argument(launch.argv, "-ctxcp") == "0"
+    assert argument(launch.argv, "-cram") == "12"
+    assert argument(launch.argv, "-ctxcp") == "0"
     assert argument(launch.argv, "-c") == "1024"
     assert argument(launch.argv, "--host") == "127.0.0.1"
     assert launch.env == {
@@ -114,6 +114,7 @@ def test_a_split_takes_endpoints_in_ring_order_and_keeps_the_cache_where_it_is()
         "MESH_RPC_SECRET": SECRET.hex(),
         "MESH_RPC_RING": f"127.0.0.1:7000={IDS[1]},127.0.0.1:7001={IDS[2]}",
         "MESH_MICRO_BATCH": "64",
+        "MESH_KV_ON_DEVICE": f"local={2 << 20},127.0.0.1:7000={4 << 20},127.0.0.1:7001={6 << 20}",
     }
 
 
@@ -130,6 +131,22 @@ def test_a_ring_with_a_gpu_computes_more_of_a_prompt_at_a_time() -> None:
 
 def test_a_machine_alone_computes_prompts_as_a_ring_does() -> None:
     assert micro_batch(layout([4], mode="solo")) == micro_batch(layout([1, 3]))
+
+
+@pytest.mark.parametrize("counts", [[4], [1, 3]])
+def test_without_memory_for_it_no_conversation_is_kept(counts: list[int]) -> None:
+    plan = layout(counts, mode="split" if counts[1:] else "solo")
+    launch = llama_server_command(
+        ENGINE, plan, Path("m.gguf"), 8000, ports(len(counts) - 1), threads=4, rpc_secret=SECRET
+    )
+    assert argument(launch.argv, "-cram") == "0"
+    assert "MESH_KV_ON_DEVICE" not in launch.env
+
+
+def test_a_model_on_two_devices_of_one_machine_keeps_no_conversation() -> None:
+    plan = layout([4], "CUDA0", mode="solo", prompt_cache_bytes=1 << 30)  # counted on one of them
+    launch = llama_server_command(ENGINE, plan, Path("m.gguf"), 8000, threads=4, gpu_layers=2)
+    assert argument(launch.argv, "-cram") == "0"
 
 
 def test_solo_knows_no_rpc() -> None:

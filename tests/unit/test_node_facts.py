@@ -124,7 +124,9 @@ def test_the_status_has_exactly_the_fields_of_the_contract() -> None:
     assert set(found["node"]) == {"id", "name", "role", "version", "engine"}
     assert set(found["node"]["engine"]) == {"build", "backend"}
     assert found["mesh"] == {"id": "m" * 26, "epoch": 3, "state": "serving", "reason": "because"}
-    assert set(found["layout"]) == {"mode", "host", "model", "ring", "predicted_ms_per_token"}
+    assert set(found["layout"]) == {
+        "mode", "host", "model", "ring", "predicted_ms_per_token", "prompt_cache_bytes",
+    }  # fmt: skip
     assert set(found["layout"]["model"]) == {"name", "fingerprint", "size_bytes", "n_layers"}
     assert all(set(member) == {"id", "name", "layers", "bytes", "device"} for member in found["layout"]["ring"])
     assert found["requests"] == {"active": 1, "held": 2, "completed": 3, "resumed": 4, "failed": 5}

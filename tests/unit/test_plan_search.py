@@ -144,11 +144,12 @@ def test_a_host_with_room_for_the_ends_only_carries_no_layer() -> None:
     assert layout.ring[1].layers == (0, 7)
 
 
-def test_bytes_are_weights_cache_and_buffers() -> None:
+def test_bytes_are_weights_buffers_cache_and_conversations_kept() -> None:
     model = a_model(kv_bytes_per_token=(1000,) * 8)
     layout = layout_of(a_node(1, models=(model,)), model=model)
     costs = Costs(model, layout.ctx_size, layout.parallel)
-    assert layout.ring[0].bytes == costs.fixed(host=True) + 8 * (100 * MB + 1000 * DEFAULT_CTX * DEFAULT_PARALLEL)
+    needs = costs.fixed(host=True) + 8 * (100 * MB + 1000 * DEFAULT_CTX * DEFAULT_PARALLEL)
+    assert layout.ring[0].bytes == needs + layout.prompt_cache_bytes
 
 
 # -- wishes --------------------------------------------------------------------------------------------------------
@@ -375,7 +376,8 @@ def test_every_layer_once_and_never_over_budget(
         node = by_id[member.id]
         assert member.bytes <= usable_bytes(node, node.devices[0])
         first, end = (0, 0) if member.layers is None else (member.layers[0], member.layers[1] + 1)
-        assert member.bytes == costs.fixed(host=index == 0) + costs.layers(first, end)
+        kept = layout.prompt_cache_share(member.layers)
+        assert member.bytes == costs.fixed(host=index == 0) + costs.layers(first, end) + kept
     assert layout.ring[0].id == layout.host
     assert len({m.id for m in layout.ring}) == len(layout.ring)
     assert (layout.mode == "solo") == (len(layout.ring) == 1)
