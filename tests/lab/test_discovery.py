@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from mesh.engine.cache import find_engine
 from tests.lab.mesh_kit import IN_LAB
 from tests.lab.switch import MDNS_PORT, Switch, SwitchNode, wait_until
 
 pytestmark = IN_LAB
 MACHINES = ("kitchen", "attic", "laptop")
+
+
+@pytest.fixture(autouse=True)
+def _engine() -> None:
+    """`mesh up` would build one, which takes minutes."""
+    if find_engine("cpu") is None:
+        pytest.skip("the engine is not built: bin/mesh engine build")
 
 
 @pytest.fixture

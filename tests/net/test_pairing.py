@@ -356,7 +356,7 @@ class Asker:
         return await read_frame(self.stream, control_decoder)
 
 
-async def test_asking_is_bounded_and_slowed_down(party: Party) -> None:
+async def test_asking_is_bounded(party: Party) -> None:
     anna = await party.node("anna")
     askers = [await Asker.dial(party, anna.address) for _ in range(14)]
     answers = [await asker.hear() for asker in askers]
@@ -366,6 +366,18 @@ async def test_asking_is_bounded_and_slowed_down(party: Party) -> None:
     for asker in askers:
         await asker.endpoint.close()
     await waiting(anna, 0)
+
+
+async def test_who_asks_again_and_again_is_slowed_down(party: Party) -> None:
+    anna = await party.node("anna")
+    codes = []
+    for _ in range(12):
+        asker = await Asker.dial(party, anna.address)
+        answer = await asker.hear()
+        codes.append(getattr(answer, "code", "held"))
+        await asker.endpoint.close()
+        await waiting(anna, 0)
+    assert codes == ["held"] * 10 + ["too-many"] * 2
 
 
 @pytest.mark.parametrize(

@@ -190,18 +190,26 @@ def test_a_mesh_whose_members_take_no_requests_is_none_for_a_newcomer() -> None:
     assert a_lan(None).handle(seen(p=b"0"), 0.0) == []
 
 
-def test_a_flood_of_names_is_bounded_and_leaves_the_other_mesh_its_doors() -> None:
+def test_a_flood_of_names_leaves_another_mesh_its_doors() -> None:
     lan = a_lan(None)
     lan.handle(seen("real", name="home"), 0.0)
     meshes: tuple[Mesh, ...] = ()
     for n in range(MAX_SERVICES - 1):
-        for effect in lan.handle(seen(f"x{n}", prefix=f"flood{n % 8}{n % 5 + 2}a"[:8].ljust(8, "a"), tag=OTHERS), n):
+        for effect in lan.handle(seen(f"x{n}", prefix="floodaaa", tag=OTHERS, port=1000 + n), n):
             assert isinstance(effect, Meshes)
             meshes = effect.meshes
-    assert len(meshes) == 2
-    assert meshes[0].name == "home"
-    assert meshes[0].doors
+    assert [mesh.name for mesh in meshes] == ["home", "home"]
+    assert meshes[0].doors == (Door("kitchen2", ("192.168.1.5:7842",)),)
     assert sum(len(mesh.doors) for mesh in meshes) <= MAX_DOORS
+
+
+def test_a_larger_flood_drops_what_was_heard_longest_ago() -> None:
+    lan = a_lan()
+    for n in range(3 * MAX_SERVICES):
+        lan.handle(seen(f"x{n}", prefix="floodaaa", port=1000 + n), n)
+    assert len(lan._services) == MAX_SERVICES
+    (hint,) = hints(lan.handle(seen("real"), 1000.0))
+    assert hint == Hint("kitchen2", ("192.168.1.5:7842",)), "whoever is announced now is heard now"
 
 
 # Whatever is announced, what is kept and told stays within bounds, and every address is one to dial.
