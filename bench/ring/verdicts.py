@@ -51,7 +51,7 @@ def all_of(models: Sequence[Model], runs: Sequence[Run]) -> list[Verdict]:
 def differing_texts(runs: Sequence[Run]) -> list[str]:
     """Which questions were not answered alike, and how many kinds of answers there were, by whom.
 
-    Not by upstream: its prompts go in parts of another size, which round differently, and random weights decide by a hair.
+    Not by upstream: its prompts go in other parts, which round differently, and random weights decide by a hair.
     """
     found = []
     ours = [run for run in runs if run.name != "upstream"]
