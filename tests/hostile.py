@@ -8,6 +8,8 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect as kinds
 
+from tests.sim.fakes import node_id
+
 _FEW = 4
 
 
@@ -19,7 +21,8 @@ def values(of: Any) -> st.SearchStrategy[Any]:
 def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
     match kind:
         case kinds.IntType():
-            return st.integers(-(2**62) if kind.ge is None else kind.ge, 2**62 if kind.le is None else kind.le)
+            most = 2**62 if kind.le is None else kind.le
+            return st.integers(-(2**62) if kind.ge is None else kind.ge, most if kind.lt is None else kind.lt - 1)
         case kinds.FloatType():
             return st.floats(kind.ge, kind.le, allow_nan=False)
         case kinds.BoolType():
@@ -27,6 +30,9 @@ def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
         case kinds.NoneType():
             return st.none()
         case kinds.StrType():
+            if kind.pattern is not None and "[a-z2-7]{26}" in kind.pattern:  # whom the receiver knows, mostly
+                known = st.sampled_from([node_id(number) for number in range(4)])
+                return known | st.from_regex(kind.pattern.rstrip("$") + r"\Z")
             if kind.pattern is not None:
                 return st.from_regex(kind.pattern.rstrip("$") + r"\Z")
             return st.text(**_sizes(kind))
@@ -35,7 +41,9 @@ def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
         case kinds.LiteralType():
             return st.sampled_from(kind.values)
         case kinds.VarTupleType():
-            return st.lists(_values(kind.item_type), max_size=min(kind.max_length or _FEW, _FEW)).map(tuple)
+            least = kind.min_length or 0
+            most = max(least, min(kind.max_length or _FEW, _FEW))
+            return st.lists(_values(kind.item_type), min_size=least, max_size=most).map(tuple)
         case kinds.TupleType():
             return st.tuples(*(_values(item) for item in kind.item_types))
         case kinds.DictType():
