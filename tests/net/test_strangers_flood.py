@@ -26,7 +26,7 @@ from mesh.transport.quic import PinnedQuic, configure
 from mesh.transport.tcp import MAX_STRANGERS, MAX_STRANGERS_EACH
 from mesh.transport.tls import TlsSession, client_context
 from mesh.wire.codec import encode
-from mesh.wire.messages import PROTOCOL, Join, OpenControl
+from mesh.wire.messages import PROTOCOL, Join, OpenControl, Ping
 from tests.eventually import eventually
 from tests.net.party import Node, Party
 
@@ -85,9 +85,12 @@ async def test_ten_thousand_half_open_handshakes_keep_no_member_out(party: Party
         noise = true_one[:6] + os.urandom(8) + true_one[14:]
         data = first_packet() if number < 1000 or number % 10 == 0 else noise
         sockets[-1].sendto(data, target)
+        if number % 500 == 0:
+            ben.links.send(anna.key.id, Ping(number))
         if number % 20 == 0:
             await asyncio.sleep(0)
             worst_connections = max(worst_connections, anna.endpoint.connections)
+    await eventually(lambda: [ping.seq for _, ping in anna.messages] == list(range(0, CROWD, 500)), within=3)
     assert anna.endpoint.half_open <= strangers.MAX_HALF_OPEN + strangers.MAX_KNOWN
     assert worst_connections <= strangers.MAX_HALF_OPEN + strangers.MAX_KNOWN + 2
     grown = memory() - before
