@@ -32,7 +32,7 @@ def tables(models: Sequence[Model], runs: Sequence[Run]) -> str:
         parts.append(f"{model.name}: {size(model.bytes)}, {model.n_layers} layers, an activation is {activation}")
         parts += [part for part in (_engine_table(mine), _visit_table(mine)) if part]
     differing = differing_texts(runs)
-    parts.append("\n".join(["text DIFFERS:", *differing]) if differing else "text: identical in every configuration")
+    parts.append("\n".join(["text DIFFERS:", *differing]) if differing else "text: a single process's, in every ring")
     return "\n\n".join(parts)
 
 

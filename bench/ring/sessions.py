@@ -93,6 +93,8 @@ def _session(plan: Plan, task: Task, model: Model, lengths: Lengths, name: str, 
                 _prompts(plan, asker, lengths)
             if "alternate" in plan.parts and count == plan.middle:
                 run.visits = questions.ask_alternately(asker, lengths, _ROUNDS)
+                if name == "ring":
+                    questions.ask_alternately(solo, lengths, _ROUNDS)  # to compare what is said
         if "load" in plan.parts:
             if name == "ring":
                 model.share_read_s[count] = settings.read_share(lab, task, count)

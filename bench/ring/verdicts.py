@@ -49,16 +49,28 @@ def all_of(models: Sequence[Model], runs: Sequence[Run]) -> list[Verdict]:
 
 
 def differing_texts(runs: Sequence[Run]) -> list[str]:
-    """Which questions were not answered alike, and how many kinds of answers there were, by whom."""
+    """Which questions were not answered alike, and how many kinds of answers there were, by whom.
+
+    Not by upstream: its prompts go in other parts, which round differently, and random weights decide by a hair.
+    """
     found = []
-    for model, question in sorted({(run.model, key) for run in runs for key in run.texts}):
+    ours = [run for run in runs if run.name != "upstream"]
+    for model, question in sorted({(run.model, key) for run in ours for key in run.texts}):
         answers: dict[str, list[str]] = {}
-        for run in runs:
+        for run in ours:
             if run.model == model and question in run.texts:
                 answers.setdefault(run.texts[question], []).append(f"{run.name} {run.workers} ({run.link})")
         if len(answers) > 1:
             found.append(f"{model}, {question}: " + " | ".join(", ".join(who) for who in answers.values()))
     return found
+
+
+def like_upstream(runs: Sequence[Run]) -> tuple[int, int]:
+    """How many questions upstream answered as the ring did, and how many both were asked."""
+    said = {(run.model, key): text for run in runs if run.name == "ring" for key, text in run.texts.items()}
+    theirs = {(run.model, key): text for run in runs if run.name == "upstream" for key, text in run.texts.items()}
+    both = said.keys() & theirs.keys()
+    return sum(said[question] == theirs[question] for question in both), len(both)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +215,13 @@ def _pushes(of: _Figures) -> Iterator[Verdict]:
 
 
 def _texts(of: _Figures) -> Iterator[Verdict]:
-    asked = {key for run in of.runs for key in run.texts}
+    asked = {key for run in of.runs if run.name != "upstream" for key in run.texts}
     if asked:
         differing = differing_texts(of.runs)
         said = f"{len(asked) - len(differing)} of {len(asked)}"
-        yield of.verdict("questions with the same text everywhere", "all", "", said, not differing)
+        same, both = like_upstream(of.runs)
+        upstream = f"{same} of {both}" if both else ""
+        yield of.verdict("questions with the text of a single process", "all", upstream, said, not differing)
 
 
 def _prompt(run: Run | None, wanted: int) -> Prompt | None:

@@ -29,6 +29,7 @@ def cli() -> None:
     On the first machine:      mesh up --demo          (or --model FILE.gguf)
     To let another one in:     mesh invite             prints the line to paste there
     On the other machine:      mesh up --join TOKEN
+    On the same network:       mesh up                 there, then here: mesh approve CODE
     Without lending memory:    mesh client --join TOKEN
     Then, on any of them:      curl http://localhost:9337/v1/models
     """
@@ -54,7 +55,8 @@ def up(config: Path | None, **flags: Any) -> None:
     mesh up --demo                         try it, alone
     mesh up --model ~/models/qwen.gguf     found a mesh around a model
     mesh up --join mesh1...                lend this machine to a mesh
-    mesh up                                come back to the mesh this machine was in
+    mesh up                                come back to the mesh this machine was in; if it was in none, ask those on
+                                           this network to be let in by a code (see mesh approve), or found one
 
     Ctrl-C, SIGTERM or `mesh down` stop it and everything it started (exit 0); a second Ctrl-C does not wait (130).
     """
@@ -72,6 +74,7 @@ def client(config: Path | None, **flags: Any) -> None:
 
     \b
     mesh client --join mesh1...            then: curl http://localhost:9337/v1/models
+    mesh client                            come back; or ask a mesh on this network (see mesh approve)
     """
     from mesh.cli import up as run
 
@@ -152,11 +155,21 @@ def doctor(state_dir: Path | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("code")
 @state_dir_option
-def approve(code: str, state_dir: Path | None) -> None:
-    """Let in a machine by the code that it shows (not built yet)."""
+@json_option
+def approve(code: str, state_dir: Path | None, as_json: bool) -> None:
+    """Let in the machine that shows CODE, without a token.
+
+    \b
+    On the new machine, on the same network:     mesh up         (or mesh client)
+    It shows a code, like k7mp-q2xd. On any machine of the mesh:
+                                                 mesh approve k7mp-q2xd
+
+    A code is good for one machine, and for some minutes. Compare it with the machine in front of you: whoever shows
+    it will be a member. After three wrong codes a request is dropped, and the machine asks anew.
+    """
     from mesh.cli import remote_commands
 
-    remote_commands.approve(_dir(state_dir), code)
+    remote_commands.approve(_dir(state_dir), code, as_json)
 
 
 @cli.command()

@@ -15,7 +15,8 @@ import psutil
 
 from mesh.cli.output import print_json, print_layout, print_table, printable
 from mesh.cli.remote import call, get_status
-from mesh.errors import EngineError, MeshError, StateError
+from mesh.errors import EngineError, StateError
+from mesh.identity.pairing import read_code
 from mesh.node.record import forget_record, load_record
 from mesh.node.statedir import Running, StateDir, command_for, find_process, find_running, is_alive
 
@@ -37,7 +38,8 @@ def invite(state_dir: Path, uses: int, expires_s: float, role: str, as_json: boo
 
 def status(state_dir: Path, as_json: bool) -> None:
     """The contract's status, for people or as it is."""
-    found = get_status(find_running(state_dir))
+    running = find_running(state_dir)
+    found = get_status(running)
     if as_json:
         print_json(found)
         return
@@ -57,18 +59,31 @@ def status(state_dir: Path, as_json: bool) -> None:
         ]  # fmt: skip
         click.echo()
         print_table(["peer", "role", "state", "path", "address", "rtt>", ""], rows)
+    for asking in call(running, "requests", {})["requests"]:
+        click.echo(
+            f"\n{printable(asking['name'])} at {asking['host']} asks to be let in as a {asking['role']}; "
+            f"if it is yours, type the code that it shows:\n{command_for(state_dir, 'approve CODE')}"
+        )
     click.echo(
         f"\nrequests: {requests['active']} active, {requests['held']} held, {requests['completed']} completed, "
         f"{requests['resumed']} resumed, {requests['failed']} failed"
     )
 
 
-def approve(state_dir: Path, code: str) -> None:
-    """Pairing by code is not built yet: say so rather than pretend."""
-    find_running(state_dir)
-    raise MeshError(
-        f"pairing by code is not built yet; {code!r} was not used", remedy="make a token instead: mesh invite"
-    )
+def approve(state_dir: Path, code: str, as_json: bool) -> None:
+    """Let in the machine that shows ``code``.
+
+    Raises:
+        UsageError: it is no code, or has a typo.
+        MeshError: nobody asks, or nobody with that code.
+    """
+    running = find_running(state_dir)
+    answer = call(running, "approve", {"code": read_code(code)}, timeout_s=30.0)
+    if as_json:
+        print_json(answer)
+    else:
+        role = "worker" if answer["role"] == "worker" else "lite client"
+        click.echo(f"let in {printable(answer['name'])} ({answer['id']}) as a {role}")
 
 
 def revoke(state_dir: Path, node: str, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from mesh.config import Settings, format_size
 from mesh.engine.cache import Engine
 from mesh.errors import MeshError, StateError
 from mesh.node.enter import enter
+from mesh.node.newcomer import may_seek, seek
 from mesh.node.prepare import LocalModel, prepare_engine, prepare_model
 from mesh.node.record import Record
 from mesh.node.run import run
@@ -27,6 +28,7 @@ from mesh.notice import Notice, View
 
 LOG_BYTES = 4 * 1024 * 1024
 log = logging.getLogger(__name__)
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def run_node(settings: Settings) -> None:
@@ -43,6 +45,10 @@ def run_node(settings: Settings) -> None:
             try:
                 check(settings)
                 record = asyncio.run(enter(settings, view))
+                if record is None and may_seek(settings):
+                    stopped, record = asyncio.run(_seek_until_stopped(settings, view))
+                    if stopped:
+                        return
                 computes = settings.role == "worker" and not settings.relay_only
                 engine, model = _equip(settings, view) if computes else (None, None)
                 asyncio.run(_until_stopped(settings, record, engine, model, view))
@@ -65,6 +71,26 @@ def _equip(settings: Settings, view: View) -> tuple[Engine, LocalModel | None]:
         size = format_size(model.cost.size_bytes)
         view.show(Notice("model", f"{model.cost.name}, {size}, on disk here", {"model": model.cost.name}))
     return engine, model
+
+
+async def _seek_until_stopped(settings: Settings, view: View) -> tuple[bool, Record | None]:
+    """Whether a person ended it; and the mesh that was found, if any."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_Surprises(view, _log_file(settings)))
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+
+    def asked() -> None:
+        view.show(Notice("change", "stopping; this machine is in no mesh"))
+        stop.set()
+
+    _on_interrupt(lambda: loop.call_soon_threadsafe(asked), view)
+    try:
+        record = await seek(settings, view, stop)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return stop.is_set() and record is None, record
 
 
 async def _until_stopped(
@@ -103,9 +129,8 @@ def _on_interrupt(first: Callable[[], object], view: View) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended by itself: so shall we
             first()
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), heard)
+    for number in _STOPPING:
+        signal.signal(number, heard)
 
 
 class _Surprises:

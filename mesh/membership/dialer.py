@@ -20,6 +20,8 @@ PUNCH_TIMEOUT_S = 3.0
 """For a dial that both sides begin at the same moment; five or so packets."""
 STAGGER_S = 0.25
 """Between trying one address of a member and the next, while the first still may answer."""
+MAX_TRIED = 24
+"""Addresses in one attempt: however many are announced, it ends, and the next begins with those that once were good."""
 FIRST_RETRY_S = 0.25
 LAST_RETRY_S = 3.0
 
@@ -30,9 +32,10 @@ Reach = Callable[[], Awaitable[Connection]]
 
 @dataclass(slots=True)
 class _Attempt:
-    """Ways to one member: those to try one after the other, and those to try at once, as soon as they are named."""
+    """Ways to one member: its usual addresses, one after the other, and what to try at once, as soon as it is named."""
 
-    waiting: list[Reach]
+    peer: NodeId
+    usual: bool
     at_once: list[Reach] = field(default_factory=list)
     more: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -68,7 +71,19 @@ class Dialer:
         self._dialing: dict[NodeId, asyncio.Task[Link | None]] = {}
         self._attempts: dict[NodeId, _Attempt] = {}
         self._punches: set[asyncio.Task[bool]] = set()
+        self._hints: dict[NodeId, tuple[str, ...]] = {}
         self._closed = False
+
+    def hint(self, peer: NodeId, addresses: tuple[str, ...]) -> None:
+        """``peer`` may be at these addresses: try them after those of the book, from now on. Empty: no more."""
+        if addresses == self._hints.get(peer, ()) or self._closed:
+            return
+        self._hints[peer] = addresses
+        if addresses:
+            self.keep(peer)
+            self.kick(peer)
+        else:
+            del self._hints[peer]
 
     def keep(self, peer: NodeId) -> None:
         """See to it that there is a link to ``peer`` from now on."""
@@ -86,6 +101,7 @@ class Dialer:
     def forget(self, peer: NodeId) -> None:
         """Dial ``peer`` no more."""
         self._kicks.pop(peer, None)
+        self._hints.pop(peer, None)
         keeper = self._keepers.pop(peer, None)
         if keeper is not None:
             keeper.cancel()
@@ -106,7 +122,7 @@ class Dialer:
             attempt.at_once += ways
             attempt.more.set()
             return
-        punch = asyncio.get_running_loop().create_task(self._try(peer, _Attempt([], ways)))
+        punch = asyncio.get_running_loop().create_task(self._try(_Attempt(peer, False, ways)))
         self._punches.add(punch)
         punch.add_done_callback(self._punches.discard)
 
@@ -150,16 +166,14 @@ class Dialer:
             under_way = self._dialing.get(peer)
             if under_way is not None:
                 await asyncio.wait({under_way})
-            elif not await self._try(peer, self._usual(peer)):
+            elif not await self._try(_Attempt(peer, True)):
                 delay = min(max(delay * 2, FIRST_RETRY_S), LAST_RETRY_S)
-
-    def _usual(self, peer: NodeId) -> _Attempt:
-        return _Attempt([self._to(address, peer, DIAL_TIMEOUT_S) for address in self._book.addresses(peer)])
 
     def _to(self, address: str, peer: NodeId, timeout: float) -> Reach:
         return lambda: self._lane.dial(address, expect=peer, timeout=timeout)
 
-    async def _try(self, peer: NodeId, attempt: _Attempt) -> bool:
+    async def _try(self, attempt: _Attempt) -> bool:
+        peer = attempt.peer
         self._attempts[peer] = attempt
         task = self._dialing[peer] = asyncio.get_running_loop().create_task(self._dial(attempt))
         try:
@@ -180,16 +194,22 @@ class Dialer:
 
     async def _dial(self, attempt: _Attempt) -> Link | None:
         """Try the usual addresses one after the other, each with a head start, until one answers."""
+        tried: set[str] = set()
         dials: set[asyncio.Task[Connection]] = set()
         failures: list[MeshError] = []
         winner: Connection | None = None
         try:
-            while winner is None and (attempt.waiting or attempt.at_once or dials):
+            while winner is None:
                 now, attempt.at_once = attempt.at_once, []
-                if attempt.waiting:
-                    now = [*now, attempt.waiting.pop(0)]
+                # Looked up each time: what somebody announces meanwhile need not wait until all old ones have failed.
+                address = self._next(attempt, tried)
+                if address is not None:
+                    tried.add(address)
+                    now = [*now, self._to(address, attempt.peer, DIAL_TIMEOUT_S)]
                 dials |= {asyncio.get_running_loop().create_task(_await(reach)) for reach in now}
-                done = await _first(dials, attempt, STAGGER_S if attempt.waiting else None)
+                if not dials:
+                    break
+                done = await _first(dials, attempt, STAGGER_S)
                 dials -= done
                 for ended in done:
                     error = ended.exception()
@@ -210,6 +230,12 @@ class Dialer:
         if failures:
             raise failures[0]
         return None
+
+    def _next(self, attempt: _Attempt, tried: set[str]) -> str | None:
+        if not attempt.usual or len(tried) >= MAX_TRIED:
+            return None
+        known = (*self._book.addresses(attempt.peer), *self._hints.get(attempt.peer, ()))
+        return next((address for address in known if address not in tried), None)
 
 
 async def _await(reach: Reach) -> Connection:

@@ -88,18 +88,36 @@ def answer_join(
     """
     if join.protocol != PROTOCOL:
         return Refused("protocol", f"this node speaks protocol {PROTOCOL}, yours {join.protocol}")
-    if roster.role_of(joiner, wall) is None:
+    role: Role | None = roster.role_of(joiner, wall)
+    if role is None:
         if book is None or roster.role_of(key.public, wall) != "worker":
             return Refused("unknown", "this node does not invite")
         try:
             role = book.redeem(join.secret, wall)
         except AdmissionError as error:
             return Refused(error.code, error.message)
+    return let_in(joiner, role, key=key, roster=roster, mesh_name=mesh_name, members=members, wall=wall)
+
+
+def let_in(
+    joiner: bytes,
+    role: Role,
+    *,
+    key: NodeKey,
+    roster: Roster,
+    mesh_name: str,
+    members: Iterable[MemberAddress],
+    wall: float,
+) -> Joined | Refused:
+    """Sign a grant for the holder of ``joiner``, unless it has as good a one: somebody who may invite has said so."""
+    if roster.role_of(joiner, wall) not in (role, "worker"):
+        if roster.role_of(key.public, wall) != "worker":
+            return Refused("unknown", "this node does not invite")
         grant = sign_grant(
             key, mesh=roster.mesh, subject=joiner, role=role, wall=_after_revocation(roster, joiner, wall)
         )
         roster.add([grant], wall, vouched=True)
-        if roster.role_of(joiner, wall) is None:
+        if roster.role_of(joiner, wall) not in (role, "worker"):
             return Refused("full", f"this mesh holds {len(roster.grants)} grants, which is all it can")
     return Joined(roster.mesh, mesh_name, roster.founder, roster.grants, tuple(members)[:256])
 

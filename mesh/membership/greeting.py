@@ -1,8 +1,8 @@
 """What is said on a fresh connection until it is a link: both sides of the door, over real streams.
 
-The dialer opens the control stream and says :class:`Hello` (or :class:`Join`) at once; the listener answers with its
-own Hello, :class:`Joined` or :class:`Refused`. Nothing else is understood before both Hellos, and whoever says nothing
-is shown out.
+The dialer opens the control stream and says :class:`Hello` (or :class:`Join`, or :class:`Ask`) at once; the listener
+answers with its own Hello, :class:`Joined` or :class:`Refused`; who asks may wait at the desk. Nothing else is
+understood before both Hellos, and whoever says nothing is shown out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mesh.errors import MeshError, TransportError, WireError
 from mesh.identity.grants import Roster
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
+from mesh.membership.desk import Desk
 from mesh.membership.door import Admitted, Choice, JoinGate, answer_join, refusal, weigh_hello
 from mesh.membership.link import Link
 from mesh.transport.address import split_address
@@ -25,7 +26,7 @@ from mesh.transport.lane import Connection, Stream
 from mesh.transport.strangers import Room, neighbourhood
 from mesh.wire.codec import MAX_OPEN_FRAME, control_decoder, encode, open_decoder, read_frame
 from mesh.wire.facts import NodeFacts, NodeId
-from mesh.wire.messages import PROTOCOL, Hello, Join, Joined, MemberAddress, Move, OpenControl, Refused
+from mesh.wire.messages import PROTOCOL, Ask, Hello, Join, Joined, MemberAddress, Move, OpenControl, Refused
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Greeter:
 
     Args:
         invites: None when this node lets nobody in.
+        desk: likewise.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Greeter:
         facts: Callable[[], NodeFacts],
         mesh_name: str,
         invites: InviteBook | None,
+        desk: Desk | None,
     ) -> None:
         self._house = house
         self._key = key
@@ -89,6 +92,7 @@ class Greeter:
         self._facts = facts
         self._mesh_name = mesh_name
         self._invites = invites
+        self._desk = desk
         self._gate = JoinGate()
         self._strangers = Room(MAX_STRANGERS, MAX_STRANGERS_EACH)
         self._members = Room(MAX_MEMBERS, MAX_MEMBERS_EACH)
@@ -129,6 +133,7 @@ class Greeter:
     async def greet(self, connection: Connection, guest: Guest) -> None:
         """From a proven key to a link, or to the way out. Never raises for what the peer does."""
         source = neighbourhood(_host_of(connection.address))
+        silent = True
         try:
             async with asyncio.timeout(GREET_WITHIN_S):
                 stream = await guest.first
@@ -136,13 +141,14 @@ class Greeter:
                 if not isinstance(opening, OpenControl):
                     raise WireError("the first stream must be the control stream")
                 message = await read_frame(stream, control_decoder)
+            silent = False
             await self._answer(connection, stream, message, source)
         except WireError as error:
             self._gate.failed(source, self._clock.now())
             log.info("%s at %s: %s", connection.peer, connection.address, error.message)
             connection.close(1, "malformed greeting")
         except (TimeoutError, EOFError, MeshError) as error:
-            if isinstance(error, TimeoutError) and not self._is_member(connection):
+            if silent and isinstance(error, TimeoutError) and not self._is_member(connection):
                 self._gate.failed(source, self._clock.now())  # those who keep the door open by saying nothing
             log.info("%s at %s was not greeted: %s", connection.peer, connection.address, error or "it said nothing")
             connection.close(1, "no greeting")
@@ -158,6 +164,13 @@ class Greeter:
             await self._refuse(connection, stream, Refused("too-many", "too many failed attempts from your address"))
         elif isinstance(message, Join):
             await self._answer_join(connection, stream, message, source)
+        elif isinstance(message, Ask) and self._desk is not None:
+            last_words = await self._desk.serve(connection, stream, message, source)
+            if last_words is None:
+                raise TransportError("it does not wait any more")
+            await _linger(connection, last_words)
+        elif isinstance(message, Ask):
+            await self._refuse(connection, stream, Refused("unknown", "this node does not invite"))
         elif isinstance(message, Hello):
             await self._answer_hello(connection, stream, message, source)
         elif isinstance(message, Move) and known:

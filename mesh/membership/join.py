@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mesh.errors import AdmissionError, MeshError, TransportError
 from mesh.identity.grants import Roster
 from mesh.identity.invite import Invite
+from mesh.identity.key import node_id
 from mesh.membership.door import refusal
 from mesh.transport.lane import Connection, Lane
 from mesh.wire.codec import control_decoder, encode, read_frame
@@ -49,7 +50,11 @@ async def join(
         TransportError: ``unreachable``; the message lists the addresses tried.
         AdmissionError: ``wrong-key``, ``expired``, ``spent``, ``unknown``, ``too-many``, ``protocol``.
     """
-    connection = await _reach(lane, invite, wall, timeout)
+    if not invite.addresses:
+        raise TransportError("this token names no address", remedy="mesh up --advertise HOST:PORT on the inviter")
+    connection, failures = await reach(lane, invite.addresses, expect=invite.inviter_id, timeout=timeout)
+    if connection is None:
+        raise _unreachable(invite, failures, wall)
     try:
         async with asyncio.timeout(ANSWER_WITHIN_S):
             stream = await connection.open_stream()
@@ -63,14 +68,23 @@ async def join(
         ) from error
     finally:
         connection.close(0, "joined" if not connection.closed else "")
+    return accept(answer, invite.mesh, connection, public, wall)
+
+
+def accept(answer: object, mesh: MeshId, connection: Connection, public: bytes, wall: float) -> JoinResult:
+    """What a member of ``mesh`` said at last to the holder of ``public``, if it lets us in.
+
+    Raises:
+        AdmissionError: it does not, or its grants prove nothing.
+    """
     if isinstance(answer, Refused):
         raise refusal(answer)
     if not isinstance(answer, Joined):
         raise AdmissionError(f"{connection.address} answered with a {type(answer).__name__}", code="protocol")
-    roster = Roster(answer.mesh, answer.founder, answer.grants)
-    if answer.mesh != invite.mesh or roster.role_of(public, wall) is None:
+    trusted = answer.mesh == mesh and node_id(answer.founder) == mesh
+    if not trusted or Roster(mesh, answer.founder, answer.grants).role_of(public, wall) is None:
         raise AdmissionError(
-            f"{connection.address} let us in, but its grants do not lead to the founder of mesh {invite.mesh}",
+            f"{connection.address} let us in, but its grants do not lead to the founder of mesh {mesh}",
             remedy="is the clock of this machine right? Otherwise ask for a new invite",
             code="wrong-mesh",
         )
@@ -80,18 +94,21 @@ async def join(
         answer.founder,
         answer.grants,
         answer.members,
-        invite.inviter_id,
+        connection.peer,
         connection.address,
     )
 
 
-async def _reach(lane: Lane, invite: Invite, wall: float, timeout: float) -> Connection:
-    """Try every address of the token at once; the first with the right key wins."""
-    if not invite.addresses:
-        raise TransportError("this token names no address", remedy="mesh up --advertise HOST:PORT on the inviter")
+async def reach(
+    lane: Lane, addresses: Sequence[str], *, expect: NodeId | None, timeout: float
+) -> tuple[Connection | None, list[tuple[str, MeshError]]]:
+    """Try every address at once; the first that answers, with the right key if one is expected, wins.
+
+    Returns:
+        The connection, if any; and the addresses that failed, each with its error.
+    """
     dials = {
-        asyncio.ensure_future(lane.dial(address, expect=invite.inviter_id, timeout=timeout)): address
-        for address in invite.addresses
+        asyncio.ensure_future(lane.dial(address, expect=expect, timeout=timeout)): address for address in addresses
     }
     failures: list[tuple[str, MeshError]] = []
     winner: Connection | None = None
@@ -114,9 +131,7 @@ async def _reach(lane: Lane, invite: Invite, wall: float, timeout: float) -> Con
         for result in await asyncio.gather(*dials, return_exceptions=True):
             if not isinstance(result, BaseException) and result is not winner:
                 result.close(0, "another address was faster")
-    if winner is None:
-        raise _unreachable(invite, failures, wall)
-    return winner
+    return winner, failures
 
 
 def _unreachable(invite: Invite, failures: Sequence[tuple[str, MeshError]], wall: float) -> MeshError:

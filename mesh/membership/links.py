@@ -12,20 +12,25 @@ from mesh.errors import AdmissionError, TransportError
 from mesh.identity.grants import Roster, known_as
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey, node_id
+from mesh.membership.approvals import Approvals
 from mesh.membership.bulk import BulkLanes
 from mesh.membership.callbacks import Callbacks as Callbacks
+from mesh.membership.desk import Desk
 from mesh.membership.dialer import Dialer
 from mesh.membership.door import Admitted, Choice, choose
 from mesh.membership.expulsion import Expulsion
 from mesh.membership.greeting import Greeter
 from mesh.membership.known import AddressBook
 from mesh.membership.link import Link, flush
+from mesh.membership.requests import Request
 from mesh.membership.rights import may_open, may_say
 from mesh.membership.ways import Ways
 from mesh.transport.lane import Connection, Lane, Stream
 from mesh.transport.tcp import TcpLane
 from mesh.wire.facts import NodeFacts, NodeId
 from mesh.wire.messages import (
+    Approve,
+    Approved,
     Control,
     Crossing,
     Door,
@@ -89,7 +94,13 @@ class Links:
         if tcp is not None:
             tcp.is_known = self._book.is_home
         self._bulk = BulkLanes(tcp, clock, self.link)
-        self._greeter = Greeter(self, key, roster, clock, facts=facts, mesh_name=mesh_name, invites=invites)
+        self._desk = None
+        if invites is not None:
+            self._desk = Desk(self, key, roster, clock, mesh_name=mesh_name, on_asked=callbacks.on_asked)
+        self._approvals = Approvals(self._desk, self._links, clock)
+        self._greeter = Greeter(
+            self, key, roster, clock, facts=facts, mesh_name=mesh_name, invites=invites, desk=self._desk
+        )
         self._dialer = Dialer(
             lane,
             self._book,
@@ -170,6 +181,23 @@ class Links:
             self._dialer.kick(member.id)
         self._keep(member.id)
 
+    def hint(self, prefix: str, addresses: tuple[str, ...]) -> None:
+        """The member whose id begins with ``prefix`` may be at ``addresses``, somebody says: tried after those we know
+        of, and written nowhere before its key has answered there."""
+        for key in self.roster.subjects():
+            peer = node_id(key)
+            is_worker = self.roster.role_of(key, self._clock.wall()) == "worker"  # a lite client dials for itself
+            if peer.startswith(prefix) and peer != self._key.id and is_worker and not self._closed:
+                self._dialer.hint(peer, addresses)
+
+    async def approve(self, code: str) -> Approved:
+        """Let in the machine that shows ``code``, whichever member it has asked; the answer says why not."""
+        return await self._approvals.approve(code)
+
+    def requests(self) -> tuple[Request, ...]:
+        """Machines that ask this node to be let in."""
+        return () if self._desk is None else self._desk.open()
+
     def drop(self, peer: NodeId, reason: str) -> None:
         """Close the link to ``peer``; it is dialed again while it stays a member."""
         link = self._links.get(peer)
@@ -190,6 +218,8 @@ class Links:
         links = list(self._links.values())
         self._links.clear()
         self.ways.close()
+        if self._desk is not None:
+            self._desk.close()
         await self._dialer.close()
         await flush(*links)
         await self._bulk.close()
@@ -339,6 +369,10 @@ class Links:
             self._bulk.knocked(link, message)
         elif isinstance(message, Crossing):
             self.ways.heard(link, message)
+        elif isinstance(message, Approve | Approved):
+            answer = self._approvals.received(link, message)
+            if answer is not None:
+                self.spawn(answer)
         elif isinstance(message, Door):
             self.lose(link, "the peer introduced itself twice")
         else:

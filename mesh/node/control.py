@@ -12,11 +12,21 @@ import msgspec
 from mesh.clock import Clock
 from mesh.errors import AdmissionError, PlanError, UsageError
 from mesh.identity.invite import create_invite
+from mesh.identity.pairing import read_code
 from mesh.node.node import Node
 from mesh.node.planning import Trial
 from mesh.wire.facts import Role
 
 DEFAULT_EXPIRY_S = 3600.0
+
+_ASK = "on the new machine:  mesh up   (or mesh client), and type the code that it shows"
+APPROVE_REMEDIES = {
+    "no-request": f"{_ASK}; is it on the same network? With a token it need not be:  mesh invite",
+    "wrong-code": "look at the new machine again; it shows a new code every few minutes",
+    "dropped": "the new machine asks again in a moment: look at the code that it shows now",
+    "expired": "look at the code that the new machine shows now",
+}
+"""What to do about each way in which a code lets nobody in."""
 
 
 class _InviteArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,6 +48,7 @@ class Control:
         self._stop = stop
         self._calls: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "invite": self._invite,
+            "requests": self._requests,
             "revoke": self._revoke,
             "plan": self._plan,
             "down": lambda _: self._end(leave=False),
@@ -51,9 +62,11 @@ class Control:
             UsageError: there is no such call, or its arguments are wrong.
             MeshError: it cannot be done.
         """
+        if name == "approve":
+            return await self._approve(str(args.get("code", "")))
         function = self._calls.get(name)
         if function is None:
-            raise UsageError(f"a node knows no call {name!r}", remedy=f"it knows {', '.join(self._calls)}")
+            raise UsageError(f"a node knows no call {name!r}", remedy=f"it knows approve, {', '.join(self._calls)}")
         return function(args)
 
     def invite(self, *, uses: int = 1, expires_s: float = DEFAULT_EXPIRY_S, role: Role = "worker") -> dict[str, Any]:
@@ -86,6 +99,29 @@ class Control:
         if not 1 <= wanted.uses <= 1000 or not 1 <= wanted.expires_s <= 366 * 86400:
             raise UsageError("an invite is for 1 to 1000 uses, and for a second to a year")
         return self.invite(uses=wanted.uses, expires_s=wanted.expires_s, role=wanted.role)
+
+    async def _approve(self, code: str) -> dict[str, Any]:
+        if self._node.settings.role != "worker":
+            raise AdmissionError("a lite client lets nobody in", remedy="run `mesh approve` on a worker")
+        result = await self._node.links.approve(read_code(code))
+        if result.code:
+            raise AdmissionError(result.message, remedy=APPROVE_REMEDIES.get(result.code), code=result.code)
+        return {"id": result.node, "name": result.name, "role": result.role}
+
+    def _requests(self, _: dict[str, Any]) -> dict[str, Any]:
+        now = self._clock.now()
+        return {
+            "requests": [
+                {
+                    "id": request.node,
+                    "name": request.name,
+                    "role": request.role,
+                    "host": request.host,
+                    "left_s": round(max(0.0, request.expires - now)),
+                }
+                for request in self._node.links.requests()
+            ]
+        }
 
     def _revoke(self, args: dict[str, Any]) -> dict[str, Any]:
         wanted = str(args.get("node", ""))

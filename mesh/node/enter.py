@@ -8,13 +8,14 @@ from mesh.errors import StateError, UsageError
 from mesh.identity.invite import Invite
 from mesh.identity.key import NodeKey
 from mesh.membership.join import join
+from mesh.node.newcomer import may_seek, nothing_to_use
 from mesh.node.record import Record, from_join, load_record, save_record
 from mesh.notice import Notice, View
 from mesh.transport.endpoint import Endpoint
 
 
 async def enter(settings: Settings, view: View) -> Record | None:
-    """The mesh of this node; None: none yet, and it is to found one.
+    """The mesh of this node; None: none yet, and it is to look for one (:func:`may_seek`) or to found one.
 
     Raises:
         UsageError: a token is no token, or a lite client has no mesh to use.
@@ -26,11 +27,8 @@ async def enter(settings: Settings, view: View) -> Record | None:
     if not invites:
         if record is not None:
             view.show(Notice("mesh", f'back in "{record.name}"', {"mesh": record.mesh}))
-        elif settings.role == "client":
-            raise UsageError(
-                "a lite client needs a mesh to use",
-                remedy="on a member:  mesh invite --role client     then here:  mesh client --join TOKEN",
-            )
+        elif settings.role == "client" and not may_seek(settings):
+            raise nothing_to_use()
         return record
     if len({invite.mesh for invite in invites}) > 1:
         raise UsageError("these tokens are for different meshes", remedy="a machine is in one mesh per --state-dir")

@@ -52,6 +52,7 @@ class OwnFacts:
             tcp=tcp,
             crosses=True,
             relay_only=settings.relay_only,
+            pairs=settings.role != "client",
             split=settings.split,  # type: ignore[arg-type]  # checked with the settings
         )
 

@@ -7,10 +7,16 @@ from collections.abc import Callable
 import mesh.election.events as election
 import mesh.membership.events as membership
 from mesh.config import format_size
+from mesh.membership.requests import Request
 from mesh.membership.view import View as Members
 from mesh.notice import Notice, View
 from mesh.wire.facts import NO_EPOCH, Layout, NodeId
 from mesh.wire.messages import LoadProgress
+
+ASK_AGAIN_S = 900.0
+"""A machine that keeps asking is told of again after so long."""
+MAX_ASKS = 8
+"""Of different machines, in that time."""
 
 
 class Narrator:
@@ -35,6 +41,27 @@ class Narrator:
         self.api_url = ""
         self.invite: Callable[[], str] | None = None
         """Makes the command for the next machine; None when this node lets nobody in, or has said so."""
+        self.approve = "mesh approve CODE"
+        """How people let in a machine by the code it shows."""
+        self._asks: dict[NodeId, float] = {}
+        """Who was said to ask, and when."""
+
+    def asked(self, request: Request) -> None:
+        """A machine asks to be let in. Anybody on the network can: each is told once in a while, and not many."""
+        now = self._now()
+        self._asks = {node: at for node, at in self._asks.items() if now - at < ASK_AGAIN_S}
+        if request.node in self._asks or len(self._asks) >= MAX_ASKS:
+            return
+        self._asks[request.node] = now
+        what = "to use this mesh" if request.role == "client" else "to join"
+        self._say(
+            "mesh",
+            f'a machine at {request.host} asks {what} as "{request.name}"; if it is yours, type the code that it shows:'
+            f"  {self.approve}",
+            node=request.node,
+            role=request.role,
+            host=request.host,
+        )
 
     def swept(self, count: int) -> None:
         """Processes of a crashed run were ended."""

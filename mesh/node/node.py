@@ -32,6 +32,7 @@ from mesh.node.planning import Trial, answer_plan, tried
 from mesh.node.prepare import LocalModel
 from mesh.node.record import Record, save_record
 from mesh.node.shelf import Shelf
+from mesh.node.statedir import command_for
 from mesh.node.status import Counts, build_status
 from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
@@ -101,6 +102,7 @@ class Node:
         self.whereabouts = Whereabouts(settings, endpoint, bound, clock, self._moved)
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
+        self._narrator.approve = command_for(settings.state_dir, "approve CODE")
         self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
         self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
         self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
@@ -145,6 +147,7 @@ class Node:
                 on_roster_changed=self.save,
                 on_expelled=self._expelled,
                 on_seen=self.whereabouts.member_sees,
+                on_asked=self._narrator.asked,
             ),
             facts=lambda: self.facts,
             members=self.record.members,

@@ -14,6 +14,7 @@ from mesh.engine.cache import Engine
 from mesh.errors import StateError, TransportError, UsageError
 from mesh.identity.key import NodeKey
 from mesh.node.control import Control
+from mesh.node.neighbours import Neighbours
 from mesh.node.node import Node
 from mesh.node.prepare import LocalModel
 from mesh.node.record import Record, forget_record, found, load_record, save_record
@@ -74,8 +75,13 @@ async def run(
         stack.push_async_callback(server.stop)
         node.narrate(f"http://localhost:{server.port}", control.invite if settings.role == "worker" else None)
         door.append(node)
+        alone = record.is_only(key)
+        neighbours = Neighbours(settings, key.id, record, view, clock, on_hint=node.links.hint, tell_meshes=alone)
+        stack.push_async_callback(neighbours.close)
         stack.push_async_callback(node.stop, "stopped by its owner")
         await node.start()
+        if not settings.no_discovery:
+            await neighbours.start(bound)
         write_running(settings.state_dir, this_process(f"http://{api}", token))
         await stop.wait()
     ending.finish(settings.state_dir)

@@ -112,7 +112,8 @@ def find_running(state_dir: Path) -> Running:
         )
     if not running.api_url:
         raise StateError(
-            f"the node in {state_dir} (pid {running.pid}) is still preparing its engine and model",
+            f"the node in {state_dir} (pid {running.pid}) is still preparing its engine and model, "
+            "or waiting to be let into a mesh",
             remedy=f"wait until it says that it is ready:  {command_for(state_dir, 'logs -f')}",
             code="starting",
         )

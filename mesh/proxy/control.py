@@ -20,6 +20,12 @@ _STATUSES = {
     "transport": 502,
     "wire": 502,
     "engine": 503,
+    "not-a-code": 400,
+    "code-typo": 400,
+    "no-request": 404,
+    "wrong-code": 403,
+    "dropped": 403,
+    "expired": 410,
 }
 
 

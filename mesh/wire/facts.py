@@ -108,6 +108,8 @@ class NodeFacts(Struct, frozen=True):
     """The node understands what is said to get across NATs: ``Seen``, ``Introduce`` and all that follows."""
     relay_only: bool = False
     """The node introduces and relays, and carries no layers."""
+    pairs: bool = False
+    """The node lets machines in by a pairing code, and understands what is said of that among members."""
 
 
 class RingMember(Struct, frozen=True):

@@ -18,6 +18,9 @@ PROTOCOL = 1
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Seq = Annotated[int, Meta(ge=0, le=2**62)]
+Element = Annotated[bytes, Meta(min_length=33, max_length=33)]
+"""Of SPAKE2 over Ed25519's group, with the side that it comes from."""
+Proof = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
 class Grant(Struct, frozen=True):
@@ -81,6 +84,46 @@ class Hello(_Message, frozen=True, tag="hello"):
 class Move(_Message, frozen=True, tag="move"):
     """Instead of :class:`Hello`, by a member whose link is relayed: it shall go on over the path of this connection.
     Answered with the same, once the answerer sends there; the connection itself has served its purpose then."""
+
+
+class Ask(_Message, frozen=True, tag="ask"):
+    """A machine without a token asks to be let in by a person who reads a code on it. See
+    :mod:`mesh.identity.pairing`."""
+
+    protocol: int
+    name: Name
+    role: Role
+    element: Element
+
+
+class Still(_Message, frozen=True, tag="still"):
+    """The asking machine still waits."""
+
+
+class Asked(_Message, frozen=True, tag="asked"):
+    """The request is known here, for so many seconds more."""
+
+    left_s: Annotated[float, Meta(ge=0, le=3600)]
+
+
+class Prove(_Message, frozen=True, tag="prove"):
+    """Somebody typed a code: if it was the asking machine's, ``proof`` says so."""
+
+    mesh: MeshId
+    element: Element
+    proof: Proof
+
+
+class Proven(_Message, frozen=True, tag="proven"):
+    """It was, and here is the same from the other side. :class:`Joined` follows."""
+
+    proof: Proof
+
+
+class Mistyped(_Message, frozen=True, tag="mistyped"):
+    """It was not. ``element`` is for one more try."""
+
+    element: Element
 
 
 class Refused(_Message, frozen=True, tag="refused"):
@@ -203,6 +246,25 @@ class Apart(_Message, frozen=True, tag="apart"):
     code: Annotated[str, Meta(max_length=32)]
 
 
+class Approve(_Message, frozen=True, tag="approve"):
+    """A person typed this pairing code here: is it for a machine that asks you? Only said between members that may
+    invite, and only to those whose facts say ``pairs``."""
+
+    seq: Seq
+    code: Annotated[str, Meta(min_length=8, max_length=8)]
+
+
+class Approved(_Message, frozen=True, tag="approved"):
+    """The answer to :class:`Approve`. ``code`` empty: ``node`` was let in; else why not."""
+
+    seq: Seq
+    code: Annotated[str, Meta(max_length=32)]
+    message: Text
+    node: Annotated[str, Meta(max_length=26, pattern="^([a-z2-7]{26})?$")] = ""
+    name: Annotated[str, Meta(max_length=64)] = ""
+    role: Role = "worker"
+
+
 # -- election and layout ---------------------------------------------------------------------------------------------
 
 
@@ -256,10 +318,10 @@ class EngineDown(_Message, frozen=True, tag="enginedown"):
     reason: Text
 
 
-Door = Join | Joined | Hello | Move | Refused
+Door = Join | Joined | Hello | Move | Refused | Ask | Still | Asked | Prove | Proven | Mistyped
 Crossing = Seen | Introduce | Meet | Carry | Carried | Apart
 Control = (
-    Join | Joined | Hello | Move | Refused
+    Join | Joined | Hello | Move | Refused | Ask | Still | Asked | Prove | Proven | Mistyped | Approve | Approved
     | Ping | Pong | PingReq | PingAck | Rumour | Facts | Members | Revoke | Leaving | Knock
     | Seen | Introduce | Meet | Carry | Carried | Apart
     | Propose | Accepted | Rejected | WorkerReady | LoadProgress | Serving | EngineDown

@@ -154,13 +154,15 @@ class Place:
         assert "Traceback" not in done.stdout + done.stderr, done.stderr
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def start(self, *arguments: str, name: str = "kitchen") -> Up:
-        """A node on loopback with free ports; ``arguments`` begin with the command."""
+    def start(self, *arguments: str, name: str = "kitchen", discovery: bool = False) -> Up:
+        """A node on loopback with free ports; ``arguments`` begin with the command. With ``discovery`` it meets
+        whatever else is announced on this machine's loopback."""
         state = self.root / name
         command = [
             *MESH, *arguments, "--name", name, "--state-dir", str(state), "--bind-host", "127.0.0.1",
             *("" if "--bind-port" in arguments else "--bind-port 0").split(),
             *("" if "--api-port" in arguments else "--api-port 0").split(),
+            *([] if discovery else ["--no-discovery"]),
         ]  # fmt: skip
         process = subprocess.Popen(
             command, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

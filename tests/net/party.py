@@ -12,6 +12,7 @@ from mesh.identity.grants import Roster, found_mesh, sign_grant
 from mesh.identity.invite import Invite, InviteBook, create_invite
 from mesh.identity.key import NodeKey
 from mesh.membership.links import Callbacks, Links
+from mesh.membership.requests import Request
 from mesh.transport.address import split_address
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
@@ -25,7 +26,8 @@ def facts_of(
 ) -> NodeFacts:
     return NodeFacts(
         id=key.id, version=1, name=name, role=role, mesh_version="0", engine="", backend="cpu", devices=(),
-        budget_bytes=0, threads=1, models=(), wants="", addresses=addresses, tcp=tcp, crosses=True,
+        budget_bytes=0, threads=1, models=(), wants="", addresses=addresses, tcp=tcp,
+        pairs=role == "worker", crosses=True,
     )  # fmt: skip
 
 
@@ -46,6 +48,7 @@ class Node:
     messages: list[tuple[NodeId, Control]] = field(default_factory=list)
     bulk: list[tuple[NodeId, Open, Stream]] = field(default_factory=list)
     expelled: list[Refused] = field(default_factory=list)
+    asked: list[Request] = field(default_factory=list)
     saves: int = 0
     seen: list[tuple[NodeId, str]] = field(default_factory=list)
     listens_over_tcp: bool = True
@@ -77,11 +80,12 @@ class Node:
                 on_roster_changed=self._save,
                 on_expelled=lambda peer, refused: self.expelled.append(refused),
                 on_seen=lambda peer, address: self.seen.append((peer, address)),
+                on_asked=self.asked.append,
             ),
             facts=lambda: facts_of(self.key, self.name, self.role, (self.address,), tcp=self.tcp.listening),
             members=self.members,
             mesh_name=self.mesh_name,
-            invites=self.book,
+            invites=self.book if self.role == "worker" else None,
             tcp=self.tcp,
             relay_rate=self.relay_rate,
             random=lambda: 0.5,

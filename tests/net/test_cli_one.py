@@ -87,7 +87,8 @@ def test_an_invite_is_one_line_to_paste(node: Up) -> None:
     [
         (("revoke", "nobody"), 2, '"nobody"'),
         (("revoke", "kitchen"), 2, "mesh leave"),
-        (("approve", "1234"), 1, "mesh invite"),
+        (("approve", "1234"), 2, "eight letters and digits"),
+        (("approve", "0000-0000"), 1, "no machine asks to be let in"),
     ],
 )
 def test_what_the_node_refuses_is_told_in_its_words(

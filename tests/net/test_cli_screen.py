@@ -82,8 +82,9 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
         window.close()
 
 
-def mesh(*arguments: str, state: Path) -> str:
-    ports = ["--state-dir", str(state), "--name", "kitchen", "--bind-host", "127.0.0.1"]
+def mesh(*arguments: str, state: Path, discovery: bool = False, name: str = "kitchen") -> str:
+    ports = [] if discovery else ["--no-discovery"]
+    ports += ["--state-dir", str(state), "--name", name, "--bind-host", "127.0.0.1"]
     return shlex.join([*MESH, *arguments, *ports, "--api-port", "0", "--bind-port", "0"])
 
 
@@ -123,5 +124,34 @@ def test_bars_and_lines_do_not_mix(terminal: Terminal, tmp_path: Path) -> None:
     kinds = [line.split()[0] for line in terminal.screen(joined=True)]
     after = kinds[kinds.index("model") :]
     assert after[: after.index("ready") + 1] == ["model", "mesh", "plan", "ready"], terminal.screen()
+    terminal.key("C-c")
+    terminal.wait_for("status 0")
+
+
+def test_a_machine_that_waits_to_be_let_in_shows_its_code_until_somebody_types_it(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    kitchen = terminal.place.start("up", "--demo", discovery=True)
+    kitchen.wait_for("ready")
+    terminal.tmux("resize-window", "-x", "60")
+    command = mesh("client", state=tmp_path / "s", discovery=True, name="laptop") + "; echo status $?"
+    terminal.type(command)
+    terminal.wait_for("mesh approve ")
+    terminal.key("C-c")
+    terminal.wait_for("status 0")
+    assert any("stopping; this machine is in no mesh" in line for line in terminal.screen())
+    assert terminal.cursor_is_shown()
+
+    terminal.type("clear")
+    terminal.tmux("clear-history")
+    terminal.type(command)
+    code = terminal.wait_for("mesh approve ").split()[-1]
+    asks = kitchen.wait_for('asks to use this mesh as "laptop"; if it is yours, type the code that it shows:')
+    assert asks.endswith(f"mesh approve CODE --state-dir {kitchen.state}")
+    approved = kitchen.run("approve", code)
+    assert approved.out.startswith("let in laptop (")
+    assert approved.out.endswith("as a lite client\n")
+    terminal.wait_for('joined "kitchen"')
+    terminal.wait_for("ready")
     terminal.key("C-c")
     terminal.wait_for("status 0")

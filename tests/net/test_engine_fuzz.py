@@ -182,6 +182,7 @@ REFUSED: dict[str, Callable[[Session], Graph]] = {
     "a function that does not exist": lambda s: _one(s, _tensor(8, 4), op=OP["UNARY"], params=(22,)),
     "a rotation of no sections": _rotation,
     "an address between two floats": _askew,
+    "rows of what has none": lambda s: _one(s, _tensor(8, 0), _tensor(3, kind=I32), op=OP["GET_ROWS"], ne=(8, 3, 1, 1)),
     "single blocks that claim to be far apart": _blocks_apart,
 }
 

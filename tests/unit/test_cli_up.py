@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def as_before() -> Iterator[None]:
 
 def settings(tmp_path: Path) -> Settings:
     return Settings(
-        role="client", state_dir=tmp_path / "s", name="kitchen", bind_host=("127.0.0.1",), bind_port=0, api_port=0
-    )
+        role="client", state_dir=tmp_path / "s", name="kitchen", bind_host=("127.0.0.1",), bind_port=0, api_port=0,
+        no_discovery=True,
+    )  # fmt: skip
 
 
 def played_by(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
@@ -125,3 +127,54 @@ def test_a_log_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "s" / "logs").write_text("in the way")
     with pytest.raises(MeshError, match="cannot write the log"):
         up.run_node(settings(tmp_path))
+
+
+def looking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seek: Any, **changes: Any) -> list[Any]:
+    """Run with ``seek`` instead of a search on the network; returns the record each node was started with."""
+    ran: list[Any] = []
+
+    async def run(_settings: Any, record: Any, *_: Any) -> None:
+        ran.append(record)
+
+    played_by(monkeypatch, run)
+    monkeypatch.setattr(up, "seek", seek)
+    monkeypatch.setattr(up, "_equip", lambda *_: (None, None))
+    up.run_node(replace(settings(tmp_path), **{"no_discovery": False, **changes}))
+    return ran
+
+
+def test_a_machine_with_nothing_to_do_looks_for_a_mesh_before_it_founds_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = object()
+
+    async def seek(*_: Any) -> Any:
+        return found
+
+    assert looking(monkeypatch, tmp_path, seek, role="worker") == [found]
+
+
+@pytest.mark.parametrize("told", [{"model": "qwen"}, {"demo": True}, {"no_discovery": True}])
+def test_a_machine_that_was_told_what_to_do_does_not_look_around(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: dict[str, Any]
+) -> None:
+    async def seek(*_: Any) -> Any:
+        raise AssertionError("it looked")
+
+    monkeypatch.setattr(up, "check", lambda _: None)  # there is no such model
+    assert looking(monkeypatch, tmp_path, seek, **{"role": "worker", "no_discovery": False, **told}) == [None]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_to_be_let_in_ends_cleanly_at_a_signal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+
+    async def seek(_s: Any, _v: Any, stop: asyncio.Event) -> None:
+        os.kill(os.getpid(), number)
+        await asyncio.wait_for(stop.wait(), 5)
+
+    assert looking(monkeypatch, tmp_path, seek, role="worker") == []
+    assert "stopping; this machine is in no mesh" in capsys.readouterr().out
+    assert signal.getsignal(number) is before

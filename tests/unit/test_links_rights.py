@@ -73,6 +73,7 @@ def test_every_message_and_stream_was_thought_of() -> None:
         "Join", "Joined", "Hello", "Move", "Refused", "Ping", "Pong", "PingReq", "PingAck", "Rumour", "Facts",
         "Members", "Revoke", "Leaving", "Knock", "Seen", "Introduce", "Meet", "Carry", "Carried", "Apart", "Accepted",
         "Rejected",
+        "Ask", "Still", "Asked", "Prove", "Proven", "Mistyped", "Approve", "Approved",
     }  # fmt: skip
     assert {kind.__name__ for kind in get_args(Control)} == of_all | {kind.__name__ for kind in of_workers}
     assert {kind.__name__ for kind in get_args(Open)} == {

@@ -121,7 +121,14 @@ def test_texts_are_compared_question_by_question_and_model_by_model() -> None:
     runs = [ring(texts={"short": "x", "long": "y"}), ring("solo", 0, texts={"short": "z"})]
     runs.append(ring("other", model="n", texts={"short": "q"}))
     assert differing_texts(runs) == [f"m, short: ring 2 ({LINK}) | solo 0 ({LINK})"]
-    assert only(all_of([model()], runs), "same text").met is False
+    assert only(all_of([model()], runs), "single process").met is False
+
+
+def test_upstream_may_say_something_else_and_is_told_of() -> None:
+    runs = [ring(texts={"short": "x", "long": "y"}), ring("solo", 0, texts={"long": "y"})]
+    runs.append(ring("upstream", texts={"short": "x", "long": "z"}))
+    assert differing_texts(runs) == []
+    assert (only(all_of([model()], runs), "single process").upstream) == "1 of 2"
 
 
 def test_a_run_of_one_part_has_no_other_bars() -> None:
@@ -185,5 +192,5 @@ def test_the_tables_are_markdown_and_count_the_bars() -> None:
     text = tables([model()], [run, counted])
     row = next(line for line in text.splitlines() if "5+5+6" in line)
     assert "| 9 " in row
-    assert "identical" in text
+    assert "every ring" in text
     assert bars(all_of([model()], [run, counted])).endswith("bars met")
