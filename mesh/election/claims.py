@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from mesh.membership.view import View
 from mesh.wire.facts import Epoch, Layout, NodeId
-from mesh.wire.messages import Propose, Serving
+from mesh.wire.messages import Accepted, EngineDown, Propose, Rejected, Serving, WorkerReady
+
+MAX_LEAP = 2**16
+"""By how much a number may exceed all that are known. Every layout takes the next one, so no honest leap comes near;
+without a bound one message could use up all numbers there are, for ever."""
+
+
+def is_plausible(message: Propose | Accepted | Rejected | Serving | WorkerReady | EngineDown, known: Epoch) -> bool:
+    """Can a mesh that was at ``known`` when we last heard of it have come to the number in ``message``?"""
+    named = message.newest if isinstance(message, Rejected) else message.epoch
+    return named.number <= known.number + MAX_LEAP
 
 
 class Claims:

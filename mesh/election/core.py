@@ -10,7 +10,7 @@ Messages are lost only with the link that carries them, so after every ``LinkUp`
 
 from __future__ import annotations
 
-from mesh.election.claims import Claims
+from mesh.election.claims import Claims, is_plausible
 from mesh.election.coordinate import Coordination, Timing, rightful, workers
 from mesh.election.damping import StandIn
 from mesh.election.events import (
@@ -197,7 +197,9 @@ class Election:
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def _received(self, sender: NodeId, message: Control, now: float) -> None:
-        if self._view is None or sender not in self._view:
+        if self._view is None or sender not in self._view or not isinstance(message, ELECTION):
+            return
+        if not is_plausible(message, max(self._coordination.seen, self._following.epoch)):
             return
         match message:
             case Propose():

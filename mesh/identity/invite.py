@@ -104,7 +104,7 @@ class Invite(Struct, frozen=True):
             raise typo
         try:
             parts = _body_decoder.decode(body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise typo from error
         mesh = base64.b32encode(parts.mesh).decode().rstrip("=").lower()
         return cls(mesh, parts.inviter, parts.addresses, parts.secret, parts.expires_at, parts.uses, parts.role)

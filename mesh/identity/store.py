@@ -115,7 +115,7 @@ def load(path: Path, kind: type[T]) -> T | None:
         return None
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StateError(
             f"{path} is damaged: {error}", remedy="restore it from a copy, or move it away and join the mesh again"
         ) from error

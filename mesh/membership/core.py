@@ -40,6 +40,9 @@ from mesh.membership.view import Departed, Member, View
 from mesh.wire.facts import NodeFacts, NodeId
 from mesh.wire.messages import Control, Facts, Leaving, Ping, PingAck, PingReq, Pong, Rumour
 
+MAX_INCARNATION = 2**62
+"""What the wire carries. Whoever claims more of us than could be refuted is not answered: the answer would be refused
+by everyone."""
 BOOT_SHIFT = 16
 """Bits of an incarnation that count refutations; what is above tells one run of the process from another."""
 MAX_PEERS = 256
@@ -307,7 +310,7 @@ class Membership:
 
     def _rumour(self, sender: NodeId, node: NodeId, incarnation: int, state: str, now: float) -> None:
         if node == self.id:
-            if state != "alive" and incarnation >= self._incarnation:
+            if state != "alive" and self._incarnation <= incarnation < MAX_INCARNATION:
                 self._incarnation = incarnation + 1
                 self._out.append(Broadcast(Rumour(self.id, self._incarnation, "alive")))
             self._note_cut(sender, node, state == "suspect")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from mesh.clock import Clock
@@ -22,6 +23,7 @@ from mesh.membership.door import Admitted, Choice, JoinGate, answer_join, refusa
 from mesh.membership.link import Link
 from mesh.transport.address import split_address
 from mesh.transport.lane import Connection, Stream
+from mesh.transport.strangers import Room, neighbourhood
 from mesh.wire.codec import MAX_OPEN_FRAME, control_decoder, encode, open_decoder, read_frame
 from mesh.wire.facts import NodeFacts, NodeId
 from mesh.wire.messages import PROTOCOL, Ask, Hello, Join, Joined, MemberAddress, Move, OpenControl, Refused
@@ -33,6 +35,20 @@ GREET_WITHIN_S = 5.0
 WAIT_FOR_OURS_S = 2.0
 """How long a peer's dial waits for ours to the same peer, which has precedence."""
 MAX_STRANGERS = 256
+MAX_STRANGERS_EACH = 32
+"""Of them from one address."""
+MAX_MEMBERS = 256
+MAX_MEMBERS_EACH = 16
+"""Connections of one member that were not greeted yet: however many strangers come, members have room of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Somebody at the door, the room it waits in, and as whom it counts there."""
+
+    first: asyncio.Future[Stream]
+    room: Room
+    source: str
 
 
 class House(Protocol):
@@ -78,13 +94,15 @@ class Greeter:
         self._invites = invites
         self._desk = desk
         self._gate = JoinGate()
-        self._strangers = 0
+        self._strangers = Room(MAX_STRANGERS, MAX_STRANGERS_EACH)
+        self._members = Room(MAX_MEMBERS, MAX_MEMBERS_EACH)
 
     # -- listening ---------------------------------------------------------------------------------------------------
 
-    def receive(self, connection: Connection) -> asyncio.Future[Stream] | None:
-        """Somebody connected. Returns its first stream to come, for :meth:`greet`; None: it was sent away."""
-        if self._strangers >= MAX_STRANGERS:
+    def receive(self, connection: Connection) -> Guest | None:
+        """Somebody connected. Returns it with its first stream to come, for :meth:`greet`; None: it was sent away."""
+        room, source = self._room_for(connection)
+        if not room.enter(source):
             connection.close(0, "busy")
             return None
         first: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
@@ -102,35 +120,46 @@ class Greeter:
 
         connection.on_stream = opened
         connection.on_close = closed
-        return first
+        return Guest(first, room, source)
 
-    async def greet(self, connection: Connection, first: asyncio.Future[Stream]) -> None:
+    def _room_for(self, connection: Connection) -> tuple[Room, str]:
+        if self._is_member(connection):
+            return self._members, connection.peer
+        return self._strangers, neighbourhood(_host_of(connection.address))
+
+    def _is_member(self, connection: Connection) -> bool:
+        return self._roster.role_of(connection.peer_key, self._clock.wall()) is not None
+
+    async def greet(self, connection: Connection, guest: Guest) -> None:
         """From a proven key to a link, or to the way out. Never raises for what the peer does."""
-        self._strangers += 1
-        source = _host_of(connection.address)
+        source = neighbourhood(_host_of(connection.address))
+        silent = True
         try:
             async with asyncio.timeout(GREET_WITHIN_S):
-                stream = await first
+                stream = await guest.first
                 opening = await read_frame(stream, open_decoder, MAX_OPEN_FRAME)
                 if not isinstance(opening, OpenControl):
                     raise WireError("the first stream must be the control stream")
                 message = await read_frame(stream, control_decoder)
+            silent = False
             await self._answer(connection, stream, message, source)
         except WireError as error:
             self._gate.failed(source, self._clock.now())
             log.info("%s at %s: %s", connection.peer, connection.address, error.message)
             connection.close(1, "malformed greeting")
         except (TimeoutError, EOFError, MeshError) as error:
+            if silent and isinstance(error, TimeoutError) and not self._is_member(connection):
+                self._gate.failed(source, self._clock.now())  # those who keep the door open by saying nothing
             log.info("%s at %s was not greeted: %s", connection.peer, connection.address, error or "it said nothing")
             connection.close(1, "no greeting")
         except asyncio.CancelledError:
             connection.close(0, "shutting down")
             raise
         finally:
-            self._strangers -= 1
+            guest.room.leave(guest.source)
 
     async def _answer(self, connection: Connection, stream: Stream, message: object, source: str) -> None:
-        known = self._roster.role_of(connection.peer_key, self._clock.wall()) is not None
+        known = self._is_member(connection)
         if not known and not self._gate.is_open(source, self._clock.now()):
             await self._refuse(connection, stream, Refused("too-many", "too many failed attempts from your address"))
         elif isinstance(message, Join):
@@ -182,6 +211,9 @@ class Greeter:
             await self._refuse(connection, stream, Refused("duplicate", "we are connected already"))
             return
         await stream.write(encode(self.hello()))
+        if self._roster.role_of(connection.peer_key, self._clock.wall()) != verdict.role:
+            connection.close(0, "revoked")  # while it waited at the door
+            return
         self._house.admit(connection, stream, hello.facts, verdict)
 
     async def _answer_move(self, connection: Connection, stream: Stream) -> None:

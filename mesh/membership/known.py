@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mesh.errors import MeshError
+from mesh.transport.address import split_address
 from mesh.wire.facts import NodeId
 from mesh.wire.messages import MemberAddress
 
@@ -16,6 +18,7 @@ class AddressBook:
 
     def __init__(self, members: Iterable[MemberAddress] = ()) -> None:
         self._members: dict[NodeId, MemberAddress] = {}
+        self._hosts: frozenset[str] | None = None
         for member in members:
             self.hear(member)
 
@@ -30,6 +33,12 @@ class AddressBook:
         known = self._members.get(node)
         return () if known is None else known.addresses
 
+    def is_home(self, host: str) -> bool:
+        """Is ``host``, a literal address, that of a member?"""
+        if self._hosts is None:  # asked for every stranger that knocks; addresses change far less often
+            self._hosts = frozenset(_hosts_of(self._members.values()))
+        return host in self._hosts
+
     def hear(self, member: MemberAddress) -> bool:
         """Somebody says where ``member`` is: add what is new to the end. Returns whether anything was."""
         known = self._members.get(member.id)
@@ -39,6 +48,7 @@ class AddressBook:
         if merged == known.addresses:
             return False
         self._members[member.id] = MemberAddress(member.id, known.name, merged)
+        self._hosts = None
         return True
 
     def meet(self, member: MemberAddress) -> bool:
@@ -49,7 +59,18 @@ class AddressBook:
         ):
             return False
         self._members[member.id] = fresh
+        self._hosts = None
         return True
 
     def forget(self, node: NodeId) -> None:
         self._members.pop(node, None)
+        self._hosts = None
+
+
+def _hosts_of(members: Iterable[MemberAddress]) -> Iterable[str]:
+    for member in members:
+        for address in member.addresses:
+            try:
+                yield split_address(address)[0]
+            except MeshError:  # what a member says need not be an address
+                continue

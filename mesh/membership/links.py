@@ -9,7 +9,7 @@ from typing import Any
 
 from mesh.clock import Clock
 from mesh.errors import AdmissionError, TransportError
-from mesh.identity.grants import Roster, known_as, sign_revocation
+from mesh.identity.grants import Roster, known_as
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey, node_id
 from mesh.membership.approvals import Approvals
@@ -18,10 +18,12 @@ from mesh.membership.callbacks import Callbacks as Callbacks
 from mesh.membership.desk import Desk
 from mesh.membership.dialer import Dialer
 from mesh.membership.door import Admitted, Choice, choose
+from mesh.membership.expulsion import Expulsion
 from mesh.membership.greeting import Greeter
 from mesh.membership.known import AddressBook
 from mesh.membership.link import Link, flush
 from mesh.membership.requests import Request
+from mesh.membership.rights import may_open, may_say
 from mesh.membership.ways import Ways
 from mesh.transport.lane import Connection, Lane, Stream
 from mesh.transport.tcp import TcpLane
@@ -87,6 +89,10 @@ class Links:
         self._links: dict[NodeId, Link] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self._expulsion = Expulsion(self, key, roster, clock, callbacks)
+        lane.is_known = self._book.is_home
+        if tcp is not None:
+            tcp.is_known = self._book.is_home
         self._bulk = BulkLanes(tcp, clock, self.link)
         self._desk = None
         if invites is not None:
@@ -119,6 +125,7 @@ class Links:
 
     def start(self) -> None:
         """Begin to dial the known members."""
+        self.spawn(self._expulsion.watch())
         for member in self._book.members:
             self._keep(member.id)
 
@@ -195,7 +202,7 @@ class Links:
         """Close the link to ``peer``; it is dialed again while it stays a member."""
         link = self._links.get(peer)
         if link is not None:
-            self._lose(link, reason)
+            self.lose(link, reason)
 
     def revoke(self, subject: NodeId) -> Revocation:
         """Throw ``subject`` out: close its links and tell the others.
@@ -203,16 +210,7 @@ class Links:
         Raises:
             AdmissionError: unknown node, or this node may not.
         """
-        public = known_as(self.roster, subject)
-        if public is None:
-            raise AdmissionError(f"this mesh knows no node {subject}", remedy="mesh status", code="unknown-node")
-        # Clocks differ: a revocation dated before the grant it is meant for would do nothing.
-        granted = max((grant.issued_at for grant in self.roster.grants if grant.subject == public), default=0)
-        wall = max(self._clock.wall(), granted)
-        revocation = sign_revocation(self._key, mesh=self.roster.mesh, subject=public, wall=wall)
-        if not self._take_revocation(revocation, None):
-            raise AdmissionError(f"this node may not revoke {subject}", code="not-allowed")
-        return revocation
+        return self._expulsion.revoke(subject)
 
     async def close(self, reason: str) -> None:
         """Close all links, once what was queued for them is out: a good-bye, most likely."""
@@ -238,9 +236,9 @@ class Links:
         if self._closed:
             connection.close(0, "shutting down")
             return
-        first = self._greeter.receive(connection)
-        if first is not None:
-            self._spawn(self._greeter.greet(connection, first))
+        guest = self._greeter.receive(connection)
+        if guest is not None:
+            self.spawn(self._greeter.greet(connection, guest))
 
     # -- the house behind the door (see greeting.House) --------------------------------------------------------------
 
@@ -282,7 +280,7 @@ class Links:
         peer = connection.peer
         older = self._links.get(peer)
         if older is not None:
-            self._lose(older, "it connected anew: it was restarted, or its old path broke")
+            self.lose(older, "it connected anew: it was restarted, or its old path broke")
         if not connection.dialed:
             self._dialer.give_up(peer)
         connection.widen()
@@ -294,7 +292,7 @@ class Links:
             since=self._clock.now(),
             on_message=self._received,
             on_bulk=self._bulk_opened,
-            on_broken=self._lose,
+            on_broken=self.lose,
         )
         self._links[peer] = link
         connection.on_close = link.connection_closed
@@ -313,6 +311,33 @@ class Links:
             self._dialer.kick(peer)
         self._tell.on_up(peer, facts, connection)
         return link
+
+    def forget(self, node: NodeId) -> None:
+        """``node`` is no member any more: do not look for it."""
+        self._book.forget(node)
+        self._dialer.forget(node)
+        self.ways.unwanted(node)
+
+    def lose(self, link: Link, reason: str) -> None:
+        """The link is over."""
+        link.stop()
+        link.connection.close(0, reason)
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+            self._bulk.down(link, reason)
+            self.ways.down(link)
+            self._dialer.kick(link.peer)
+            if link.peer in self._book:
+                self.ways.wanted(link.peer)
+            else:
+                self.ways.unwanted(link.peer)
+            self._tell.on_down(link.peer, reason)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do this beside; it ends with the links."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # -- within ------------------------------------------------------------------------------------------------------
 
@@ -333,25 +358,13 @@ class Links:
         public = known_as(self.roster, peer)
         return Members(members, self.roster.chain(public or b"", self._clock.wall()))
 
-    def _lose(self, link: Link, reason: str) -> None:
-        link.stop()
-        link.connection.close(0, reason)
-        if self._links.get(link.peer) is link:
-            del self._links[link.peer]
-            self._bulk.down(link, reason)
-            self.ways.down(link)
-            self._dialer.kick(link.peer)
-            if link.peer in self._book:
-                self.ways.wanted(link.peer)
-            else:
-                self.ways.unwanted(link.peer)
-            self._tell.on_down(link.peer, reason)
-
     def _received(self, link: Link, message: Control) -> None:
-        if isinstance(message, Members):
+        if not may_say(link.role, link.peer, message):
+            log.debug("%s is a lite client: its %s is not heard", link.peer, type(message).__name__)
+        elif isinstance(message, Members):
             self._take_members(link, message)
         elif isinstance(message, Revoke):
-            self._take_revocation(message.revocation, link.peer)
+            self._expulsion.take(message.revocation, link.peer)
         elif isinstance(message, Knock):
             self._bulk.knocked(link, message)
         elif isinstance(message, Crossing):
@@ -359,9 +372,9 @@ class Links:
         elif isinstance(message, Approve | Approved):
             answer = self._approvals.received(link, message)
             if answer is not None:
-                self._spawn(answer)
+                self.spawn(answer)
         elif isinstance(message, Door):
-            self._lose(link, "the peer introduced itself twice")
+            self.lose(link, "the peer introduced itself twice")
         else:
             if isinstance(message, Facts):
                 self._take_facts(link, message.facts)
@@ -379,12 +392,14 @@ class Links:
     def _bulk_opened(self, peer: NodeId, request: Open, stream: Stream) -> None:
         if isinstance(request, OpenProbe):
             self._bulk.echo(stream)
+        elif not may_open(self._links[peer].role if peer in self._links else "client", request):
+            stream.abort()
         else:
             self._tell.on_bulk(peer, request, stream)
 
     def _take_members(self, link: Link, message: Members) -> None:
         wall = self._clock.wall()
-        changed = self.roster.add(message.grants, wall, vouched=True)
+        changed = self.roster.add(message.grants, wall, vouched=link.role == "worker")
         for member in message.members:
             if member.id != self._key.id and self._is_granted(member.id) and self._book.hear(member):
                 changed = True
@@ -392,28 +407,6 @@ class Links:
         if changed:
             self._tell.on_roster_changed()
             self.broadcast(message, but=link.peer)
-
-    def _take_revocation(self, revocation: Revocation, teller: NodeId | None) -> bool:
-        out = self.roster.revoke([revocation], self._clock.wall())
-        for key in out:
-            subject = node_id(key)
-            self.broadcast(Revoke(revocation), but=teller)
-            self._tell.on_roster_changed()
-            if subject == self._key.id:
-                self._tell.on_expelled(teller or subject, Refused("revoked", "this node was revoked"))
-                continue
-            self._book.forget(subject)
-            self._dialer.forget(subject)
-            self.ways.unwanted(subject)
-            link = self._links.get(subject)
-            if link is not None:
-                self._spawn(self._show_out(link))
-        return bool(out)
-
-    async def _show_out(self, link: Link) -> None:
-        """Let the revoked node read why, for a moment, then close."""
-        await flush(link)
-        self._lose(link, "revoked")
 
     def _refused(self, peer: NodeId, error: AdmissionError) -> None:
         if error.code in ("revoked", "not-a-member"):
@@ -424,8 +417,3 @@ class Links:
 
     def _is_granted(self, node: NodeId) -> bool:
         return any(node_id(key) == node and self._is_member(key) for key in self.roster.subjects())
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -23,6 +23,7 @@ from mesh.engine.cache import Engine
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
 from mesh.membership.core import BOOT_SHIFT, Membership
+from mesh.membership.lapse import OUT
 from mesh.membership.links import Callbacks, Links
 from mesh.node.equipment import Equipment
 from mesh.node.facts import OwnFacts
@@ -65,9 +66,6 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 10.0
 """How often free memory is looked at again while nothing of ours is loaded, and the disk for a missing model."""
-
-REVOKED = "revoked"
-"""What a link to a member that was thrown out is said to end of."""
 
 
 class Node:
@@ -246,7 +244,7 @@ class Node:
     def _link_down(self, peer: NodeId, reason: str) -> None:
         log.info("link to %s is down: %s", peer, reason)
         self.whereabouts.member_gone(peer)
-        if reason == REVOKED:
+        if reason in OUT:
             self._members.feed(membership.Expelled(peer))
         self._members.feed(membership.LinkDown(peer, _cause(reason)))
 
@@ -400,7 +398,7 @@ class Node:
 
 
 def _cause(reason: str) -> membership.Down:
-    if reason == REVOKED:
+    if reason in OUT:
         return membership.Down.LOCAL
     if "timeout" in reason.lower():
         return membership.Down.TIMEOUT

@@ -262,7 +262,7 @@ async def _ask(path: str, scope: Scope, body: bytes) -> Ask:
 def _wish(body: bytes) -> _Wish:
     try:
         return _wish_decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _Wish()
 
 

@@ -73,7 +73,7 @@ class ProcessRegistry:
             return msgspec.json.decode(self._path.read_bytes(), type=list[Entry])
         except FileNotFoundError:
             return []
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning("cannot read %s: %s", self._path, error)
             return []
 

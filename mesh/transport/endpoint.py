@@ -16,14 +16,12 @@ from mesh.transport.connection import PeerConnection
 from mesh.transport.lane import Detour
 from mesh.transport.quic import CID_LENGTH, PinnedQuic, configure
 from mesh.transport.router import Router
+from mesh.transport.strangers import Admitted, Place, Porter, read_first_packet
 from mesh.transport.udp import Addr, UdpSocket, bind
 from mesh.wire.facts import NodeId
 
 log = logging.getLogger(__name__)
 
-MAX_HALF_OPEN = 256
-"""Handshakes of strangers under way at once; beyond it their first packets are dropped, and they try again."""
-HANDSHAKE_DEADLINE_S = 5.0
 _MIN_INITIAL = 1200
 _STUN_BELOW = 4
 """First bytes of STUN; QUIC's are 64 and above (RFC 9443)."""
@@ -47,9 +45,11 @@ class Endpoint(Router):
         self._sockets: list[UdpSocket] = []
         self._routes: dict[bytes, PeerConnection] = {}
         self._dials: dict[PeerConnection, asyncio.Future[None]] = {}
-        self._half_open: dict[PeerConnection, asyncio.TimerHandle] = {}
+        self._half_open: dict[PeerConnection, tuple[Place, asyncio.TimerHandle]] = {}
         self._connections: dict[PeerConnection, None] = {}
         self._closed = False
+        self.is_known: Callable[[str], bool] = lambda host: False
+        self._porter = Porter(lambda host: self.is_known(host))
         self.on_stun: Callable[[bytes, str, int], None] = lambda data, host, port: None
         """Told of each datagram that is STUN by its first byte (RFC 9443), with who sent it; it is anybody's."""
 
@@ -131,6 +131,11 @@ class Endpoint(Router):
         """How many connections live, half-open ones included."""
         return len(self._connections)
 
+    @property
+    def half_open(self) -> int:
+        """How many places of handshakes under way are taken."""
+        return self._porter.half_open
+
     # -- dialing -----------------------------------------------------------------------------------------------------
 
     async def _dial(self, carrier: UdpSocket | Detour, target: Addr | Detour, expect: NodeId | None) -> PeerConnection:
@@ -176,9 +181,12 @@ class Endpoint(Router):
         self._routes.pop(cid, None)
 
     def ready(self, connection: PeerConnection) -> None:
-        deadline = self._half_open.pop(connection, None)
-        if deadline is not None:
+        waiting = self._half_open.pop(connection, None)
+        if waiting is not None:
+            place, deadline = waiting
             deadline.cancel()
+            if connection.established:
+                self._porter.leave(place)
         if connection.dialed:
             done = self._dials.get(connection)
             if done is not None and not done.done():
@@ -188,7 +196,6 @@ class Endpoint(Router):
 
     def gone(self, connection: PeerConnection) -> None:
         self._connections.pop(connection, None)
-        self._half_open.pop(connection, None)
         for cid in [cid for cid, owner in self._routes.items() if owner is connection]:
             del self._routes[cid]
 
@@ -198,7 +205,7 @@ class Endpoint(Router):
         now = asyncio.get_running_loop().time()
         touched: dict[PeerConnection, None] = {}
         for data, addr in batch:
-            connection = self._route(carrier, data)
+            connection = self._route(carrier, data, addr, now)
             if connection is None:
                 if data and data[0] < _STUN_BELOW and isinstance(addr, tuple):
                     self.on_stun(data, str(addr[0]), int(addr[1]))
@@ -228,7 +235,9 @@ class Endpoint(Router):
             connection.close(1, "internal error")
         connection.drop()
 
-    def _route(self, carrier: UdpSocket | Detour, data: bytes) -> PeerConnection | None:
+    def _route(
+        self, carrier: UdpSocket | Detour, data: bytes, addr: Addr | Detour, now: float
+    ) -> PeerConnection | None:
         if len(data) < 1 + CID_LENGTH or not data[0] & 0x40:  # not QUIC
             return None
         if not data[0] & 0x80:
@@ -243,18 +252,27 @@ class Endpoint(Router):
         is_initial = not data[0] & 0x30 and data[1:5] == _VERSION_1
         if not is_initial or len(data) < _MIN_INITIAL or length < 8 or self._closed:
             return None
-        return self._admit_stranger(carrier, cid)
+        return self._admit_stranger(carrier, data, addr, now)
 
-    def _admit_stranger(self, carrier: UdpSocket | Detour, cid: bytes) -> PeerConnection | None:
-        if len(self._half_open) >= MAX_HALF_OPEN:
+    def _admit_stranger(
+        self, carrier: UdpSocket | Detour, data: bytes, addr: Addr | Detour, now: float
+    ) -> PeerConnection | None:
+        packet = read_first_packet(data)
+        if packet is None:
             return None
-        quic = PinnedQuic(self._as_server, original_destination_cid=cid)
+        host, port = (addr[0], addr[1]) if isinstance(addr, tuple) else (addr.address, None)
+        verdict = self._porter.weigh(packet, host, port, now)
+        if isinstance(verdict, bytes) and isinstance(addr, tuple) and isinstance(carrier, UdpSocket):
+            carrier.send([(verdict, addr)])
+        if not isinstance(verdict, Admitted):
+            return None
+        cid = packet.cid
+        quic = PinnedQuic(self._as_server, original_destination_cid=verdict.original_cid, retry_cid=verdict.retry_cid)
         connection = PeerConnection(quic, carrier, self._clock, self, dialed=False, expect=None)
         self._connections[connection] = None
         self._routes[cid] = self._routes[quic.host_cid] = connection
-        self._half_open[connection] = asyncio.get_running_loop().call_later(
-            HANDSHAKE_DEADLINE_S, self._handshake_overdue, connection
-        )
+        deadline = asyncio.get_running_loop().call_at(verdict.place.until, self._handshake_overdue, connection)
+        self._half_open[connection] = (verdict.place, deadline)
         return connection
 
     def _handshake_overdue(self, connection: PeerConnection) -> None:

@@ -144,6 +144,9 @@ class Detour(Protocol):
 class Lane(Protocol):
     """A way to listen and dial."""
 
+    is_known: Callable[[str], bool]
+    """Does a member live at this host, by its literal address? Such are let in however many strangers knock."""
+
     async def start(self, bind: Sequence[tuple[str, int]]) -> list[str]:
         """Listen on each ``(host, port)``; port 0 asks for any. Returns the addresses really bound.
 

@@ -83,8 +83,18 @@ def configure(certificate: x509.Certificate, key: Ed25519PrivateKey, *, is_clien
 class PinnedQuic(QuicConnection):
     """One QUIC connection, sans IO."""
 
-    def __init__(self, configuration: QuicConfiguration, *, original_destination_cid: bytes | None = None) -> None:
-        super().__init__(configuration=configuration, original_destination_connection_id=original_destination_cid)
+    def __init__(
+        self,
+        configuration: QuicConfiguration,
+        *,
+        original_destination_cid: bytes | None = None,
+        retry_cid: bytes | None = None,
+    ) -> None:
+        super().__init__(
+            configuration=configuration,
+            original_destination_connection_id=original_destination_cid,
+            retry_source_connection_id=retry_cid,
+        )
         self.heard = False
         """Set when a packet passed authentication; the reader clears it."""
         self.ever_heard = False

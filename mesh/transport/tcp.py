@@ -19,12 +19,12 @@ import logging
 import secrets
 import socket
 import sys
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
 from mesh.errors import AdmissionError, MeshError, TransportError
 from mesh.identity.key import NodeKey, node_id
 from mesh.transport.address import join_address, split_address
+from mesh.transport.strangers import Room, neighbourhood
 from mesh.transport.tcpstream import TcpStream, receive_room
 from mesh.transport.tls import TlsSession, client_context, server_context
 from mesh.wire.facts import NodeId
@@ -38,7 +38,9 @@ SHOW_WITHIN_S = 5.0
 MAX_STRANGERS = 64
 """Connections that have not shown a ticket yet; more are cut at once, and their dialers take QUIC."""
 MAX_STRANGERS_EACH = 24
-"""Of them from one IP address: somebody who fills that leaves the others room."""
+"""Of them from one address: somebody who fills that leaves the others room."""
+MAX_KNOWN = 128
+"""Connections without a ticket yet from where members live, 24 each: above those of strangers."""
 _BACKLOG = 128
 
 
@@ -66,13 +68,16 @@ class TcpLane:
         """Whose ticket is this? It is worth nothing after."""
         self.on_stream: Callable[[NodeId, TcpStream], None] = lambda peer, stream: stream.abort()
         """A member opened a stream."""
+        self.is_known: Callable[[str], bool] = lambda host: False
+        """Does a member live at this host?"""
         self._as_server = server_context(key)
         self._as_client = client_context()
         self._room = receive_room()
         self._servers: list[asyncio.Server] = []
         self._streams: dict[TcpStream, NodeId] = {}  # "": who it is was not shown yet
         self._strangers: dict[TcpStream, asyncio.Task[None]] = {}
-        self._sources: Counter[str] = Counter()
+        self._room_of_strangers = Room(MAX_STRANGERS, MAX_STRANGERS_EACH)
+        self._room_of_known = Room(MAX_KNOWN, MAX_STRANGERS_EACH)
         self._closed = False
 
     @property
@@ -186,21 +191,19 @@ class TcpLane:
         return TcpStream(TlsSession(self._as_server, server=True), self._room(), on_made=self._made)
 
     def _made(self, stream: TcpStream) -> None:
-        source = stream.source
-        if self._closed or len(self._strangers) >= MAX_STRANGERS or self._sources[source] >= MAX_STRANGERS_EACH:
+        room = self._room_of_known if self.is_known(stream.source) else self._room_of_strangers
+        source = neighbourhood(stream.source)
+        if self._closed or not room.enter(source):
             stream.abort()
             return
         self._watch(stream, "")
-        self._sources[source] += 1
         greeting = asyncio.get_running_loop().create_task(self._greet(stream))
         self._strangers[stream] = greeting
-        greeting.add_done_callback(lambda task: self._greeted(stream, source))
+        greeting.add_done_callback(lambda task: self._greeted(stream, room, source))
 
-    def _greeted(self, stream: TcpStream, source: str) -> None:
+    def _greeted(self, stream: TcpStream, room: Room, source: str) -> None:
         del self._strangers[stream]
-        self._sources[source] -= 1
-        if not self._sources[source]:
-            del self._sources[source]
+        room.leave(source)
 
     async def _greet(self, stream: TcpStream) -> None:
         peer: NodeId | None = None

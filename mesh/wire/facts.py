@@ -29,7 +29,7 @@ Count = Annotated[int, Meta(ge=0, le=2**31)]
 class Epoch(Struct, frozen=True, order=True):
     """The number of a layout. Ordered; two coordinators of a parted mesh never make equal epochs."""
 
-    number: Count
+    number: Annotated[int, Meta(ge=0, le=2**53)]
     coordinator: Annotated[str, Meta(max_length=26, pattern="^([a-z2-7]{26})?$")]
     """A node id; empty before any layout."""
 

@@ -12,7 +12,7 @@ import pytest
 from mesh.clock import SystemClock
 from mesh.errors import AdmissionError, TransportError
 from mesh.identity.key import NodeKey
-from mesh.transport import endpoint as endpoint_module
+from mesh.transport import strangers
 from mesh.transport.address import split_address
 from mesh.transport.connection import PeerConnection
 from mesh.transport.endpoint import Endpoint
@@ -171,8 +171,8 @@ async def test_forged_datagrams_are_no_sign_of_life(farm: Farm) -> None:
 
 
 async def test_half_open_handshakes_are_bounded_and_end(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "MAX_HALF_OPEN", 8)
-    monkeypatch.setattr(endpoint_module, "HANDSHAKE_DEADLINE_S", 0.5)
+    monkeypatch.setattr(strangers, "MAX_HALF_OPEN", 8)
+    monkeypatch.setattr(strangers, "HANDSHAKE_DEADLINE_S", 0.5)
     anna, at_anna = await farm.endpoint()
     certificate, key = NodeKey.generate().certificate()
     target = split_address(at_anna)

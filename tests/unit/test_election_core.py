@@ -32,6 +32,7 @@ from mesh.election.events import (
 )
 from mesh.membership.events import Broadcast, Send
 from mesh.membership.view import Departed, Member, View
+from mesh.wire.codec import control_decoder, decode, encode
 from mesh.wire.facts import NO_EPOCH, Epoch, Layout, NodeFacts, RingMember
 from mesh.wire.messages import Accepted, EngineDown, Propose, Rejected, Serving, WorkerReady
 from tests.sim.fakes import MODEL, facts_of, node_id, plan
@@ -136,6 +137,32 @@ def adopted(effects: list[Effect]) -> list[Epoch]:
 
 def proposed(effects: list[Effect]) -> list[Propose]:
     return [e.message for e in effects if isinstance(e, Broadcast) and isinstance(e.message, Propose)]
+
+
+# -- lies --------------------------------------------------------------------------------------------------------------
+
+
+def test_one_message_cannot_use_up_all_numbers() -> None:
+    """A number near the last one made every later proposal one that nobody could read, for ever."""
+    told = serving(0, 1, 2)
+    before = told.core.epoch
+    far = Epoch(2**53, node_id(1))
+    for lie in (Rejected(before, far), Propose(far, None, "mine"), Serving(far, "k"), Accepted(far)):
+        told.hear(1, lie)
+    assert told.core.epoch == before
+    effects = told.hear(1, Rejected(before, Epoch(7, node_id(1)))) + told.wait(10)
+    assert proposed(effects)
+    for effect in effects:
+        if isinstance(effect, Send | Broadcast):
+            decode(control_decoder, encode(effect.message)[4:])
+    assert told.core.epoch == Epoch(8, node_id(0))
+
+
+def test_a_mesh_that_was_far_ahead_is_believed() -> None:
+    told = serving(0, 1, 2)
+    told.hear(1, Rejected(told.core.epoch, Epoch(5000, node_id(1))))
+    told.wait(10)
+    assert told.core.epoch.number == 5001
 
 
 # -- beginning ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import secrets
 from pathlib import Path
 
@@ -79,6 +81,14 @@ def test_any_base32_is_refused_politely(text: str) -> None:
     assert code("mesh1" + text) == "token-typo"
 
 
+def test_a_token_whose_text_is_no_text_is_a_typo_not_a_crash() -> None:
+    """Its checksum right, made by somebody who means harm: found by bin/fuzz."""
+    body = msgspec.msgpack.encode((b"m" * 16, KEY.public, ("10.0.0.1:1",), b"s" * 16, 0, 1, "worker"))
+    for bad in (body.replace(b"10.0.0.1:1", b"10.0\xb1\xff.1:1"), body.replace(b"worker", b"work\xe9r"), b"\x91" * 900):
+        sealed = bad + hashlib.sha256(b"mesh token 1\0" + bad).digest()[:4]
+        assert code("mesh1" + base64.b32encode(sealed).decode().rstrip("=").lower()) == "token-typo"
+
+
 def test_what_is_wrong_with_a_token_is_said() -> None:
     assert code("") == "not-a-token"
     assert code("https://example.org") == "not-a-token"
@@ -126,6 +136,14 @@ def test_a_burned_use_stays_burned_after_a_restart(tmp_path: Path) -> None:
     InviteBook(path).issue(b"s" * 16, role="worker", uses=1, expires_at=2000, wall=1000)
     InviteBook(path).redeem(b"s" * 16, wall=1500)
     assert refusal(InviteBook(path), b"s" * 16, wall=1500) == "spent"
+
+
+def test_a_book_that_is_no_text_is_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "invites.json"
+    InviteBook(path).issue(b"s" * 16, role="worker", uses=1, expires_at=2000, wall=1000)
+    path.write_bytes(path.read_bytes().replace(b"worker", b"work\xe9r"))
+    with pytest.raises(StateError, match="damaged"):
+        InviteBook(path)
 
 
 def test_the_book_holds_no_secret(tmp_path: Path) -> None:

@@ -40,3 +40,17 @@ def test_addresses_stay_few_and_distinct(said: list[tuple[bool, list[str]]]) -> 
         assert not tell(member)
         known = book.addresses(ANNA)
         assert len(known) == len(set(known)) <= MAX_ADDRESSES
+
+
+def test_where_members_live_is_known_as_soon_as_they_say_so_and_no_longer() -> None:
+    book = AddressBook([MemberAddress(ANNA, "anna", ("10.0.0.5:7842", "[fd00::5]:7842", "no address at all", ""))])
+    assert book.is_home("10.0.0.5")
+    assert book.is_home("fd00::5")
+    assert not book.is_home("10.0.0.6")
+    book.hear(MemberAddress(BEN, "ben", ("10.0.0.6:1",)))
+    assert book.is_home("10.0.0.6")
+    book.meet(MemberAddress(BEN, "ben", ("10.0.0.7:1",)))
+    assert not book.is_home("10.0.0.6")
+    book.forget(ANNA)
+    assert not book.is_home("10.0.0.5")
+    assert book.is_home("10.0.0.7")

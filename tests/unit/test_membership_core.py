@@ -31,6 +31,7 @@ from mesh.membership.events import (
     Tick,
 )
 from mesh.membership.standing import TRANSITIONS, Sign, Standing
+from mesh.wire.codec import control_decoder, decode, encode
 from mesh.wire.messages import Facts, Leaving, Ping, PingAck, PingReq, Pong, Rumour
 from tests.sim.fakes import facts_of, node_id
 
@@ -252,6 +253,16 @@ def test_a_revoked_member_is_out_and_stays_out() -> None:
     assert lost(told.do(Expelled(A))) == [(A, "revoked")]
     told.do(Heard(A))
     assert A not in told.members
+
+
+def test_a_rumour_that_could_not_be_refuted_does_not_make_us_say_what_nobody_may_read() -> None:
+    """One message with the highest incarnation there is made us answer with one more: refused by all, with its link."""
+    told = Told(1)
+    for claimed in (2**62, 2**62 - 1, 2**62):
+        effects = told.do(Received(A, Rumour(ME, claimed, "dead")))
+        for effect in effects:
+            if isinstance(effect, Send | Broadcast):
+                decode(control_decoder, encode(effect.message)[4:])
 
 
 def test_a_rumour_of_our_death_is_refuted_with_a_higher_incarnation() -> None:

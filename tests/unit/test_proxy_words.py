@@ -14,6 +14,7 @@ from mesh.proxy import guard, transcript
 from mesh.proxy.control import check_control
 from mesh.proxy.dialect import Dialect
 from mesh.proxy.failure import not_serving, queue_full, stream_interrupted
+from mesh.proxy.http import _wish
 from mesh.proxy.naming import means
 from mesh.proxy.transcript import Transcript
 
@@ -163,3 +164,9 @@ def test_control_wants_the_token_and_no_browser() -> None:
     ]:
         with pytest.raises(AdmissionError):
             check_control(wrong, token)
+
+
+@pytest.mark.parametrize("body", [b'{"model":"\xb1\xff"}', b"\xff", b"[" * 5000, b'{"model":1,"stream":"\xe9"}', b""])
+def test_a_body_that_is_no_text_is_left_to_the_engine_to_refuse(body: bytes) -> None:
+    """A name in bytes that are no text was an error of ours, status 500."""
+    assert (_wish(body).model, _wish(body).stream) in ((None, None), (None, False), (1, None), (1, False))
