@@ -30,7 +30,7 @@ def count() -> dict[str, int]:
     found: Counter[str] = Counter()
     for thing in gc.get_objects():
         kind = type(thing)
-        if kind.__module__.startswith(_ROOMS):
+        if str(kind.__module__).startswith(_ROOMS):
             found[f"{kind.__module__}.{kind.__qualname__}"] += 1
         elif isinstance(thing, Task) and not thing.done():
             found[TASKS] += 1
