@@ -210,6 +210,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--tokens", type=int, default=64, metavar="N", help="generated per turn")
     add("--prompt-words", type=int, default=400, metavar="N")
     add("--ctx-size", type=int, default=2048, metavar="N")
+    add("--threads", type=int, default=1, metavar="N", help="and cores, per machine")
     add("--json", type=Path, metavar="FILE")
     add("--keep", type=Path, metavar="DIR", help="keep logs and state directories here")
     options = parser.parse_args(arguments)
@@ -231,7 +232,7 @@ def main(arguments: Sequence[str]) -> int:
         with contextlib.ExitStack() as stack:
             directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshbench-")))
             directory.mkdir(parents=True, exist_ok=True)
-            task = Task(programs, programs, model, 1, options.ctx_size, directory)
+            task = Task(programs, programs, model, options.threads, options.ctx_size, directory)
             for case, count in wanted:
                 done.append(compare(case, count, task, options))
                 print(f"{done[-1].name}: {statistics.median(done[-1].generation()):.3f} x", file=sys.stderr, flush=True)
