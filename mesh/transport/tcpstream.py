@@ -184,7 +184,8 @@ class TcpStream(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone = True
         self._fail(f"the connection broke: {exc}" if exc else "the connection is closed")
-        self.on_gone()
+        on_gone, self.on_gone = self.on_gone, lambda: None  # it names us: without it we go when nobody else does
+        on_gone()
 
     def pause_writing(self) -> None:
         self._full = True
