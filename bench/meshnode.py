@@ -35,6 +35,7 @@ class MeshNode:
         arguments: more of ``mesh up``'s, e.g. ``("--split", "always")``.
         role: ``up`` or ``client``.
         bind_host: the machine's address when left out; ``0.0.0.0`` for one that moves.
+        program: what Python runs as the node; commands are always ``mesh``'s own.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class MeshNode:
         bind_port: int = 7842,
         bind_host: str | None = None,
         env: dict[str, str] | None = None,
+        program: Sequence[str] = ("-m", "mesh.cli"),
     ) -> None:
         self.lab, self.machine, self.role = lab, machine, role
         self.state_dir = directory / machine / "state"
@@ -60,6 +62,7 @@ class MeshNode:
         self._model, self._arguments, self._bind_host = model, tuple(arguments), bind_host
         self._ports = ("--bind-port", str(bind_port), "--api-port", str(api_port))
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), "MESH_STUN": "none", **(env or {})}
+        self._program = tuple(program)
         self._output: IO[bytes] | None = None
         self._client: httpx.Client | None = None
 
@@ -77,7 +80,7 @@ class MeshNode:
         self._output = self.output_path.open("ab")
         self.process = self.lab.popen(
             self.machine,
-            self._mesh(*argv, *self._arguments),
+            [sys.executable, *self._program, *argv, *self._arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,

@@ -112,7 +112,14 @@ def turns_file(directory: Path, worker: str) -> Path:
 
 @contextlib.contextmanager
 def llama_server(
-    lab: Lab, directory: Path, name: str, launch: Launch, workers: Sequence[str] = (), *, port: int = PORT
+    lab: Lab,
+    directory: Path,
+    name: str,
+    launch: Launch,
+    workers: Sequence[str] = (),
+    *,
+    port: int = PORT,
+    host: str = HOST,
 ) -> Iterator[Setting]:
     """A server on the host's machine, from when it is healthy; ``name`` is for its log and for what goes wrong.
 
@@ -124,9 +131,9 @@ def llama_server(
     lab.reset_counters()
     began = time.monotonic()
     with log_path.open("ab") as log:
-        process = _popen(lab, HOST, launch, log)
+        process = _popen(lab, host, launch, log)
     try:
-        with lab.client(HOST) as client:
+        with lab.client(host) as client:
             while not _is_healthy(client, base_url):
                 if process.poll() is not None or time.monotonic() - began > START_WITHIN_S:
                     tail = log_path.read_text(errors="replace")[-600:]
@@ -134,7 +141,7 @@ def llama_server(
                 time.sleep(0.01)
         took = time.monotonic() - began
         carried = per_worker(lab.counters(), workers)
-        yield Setting(lab, base_url, HOST, tuple(workers), took, carried, log_path)
+        yield Setting(lab, base_url, host, tuple(workers), took, carried, log_path)
     finally:
         _end([process])
 

@@ -1,4 +1,4 @@
-"""The configurations that are compared: the engine alone, over bare TCP, and through the mesh."""
+"""The configurations that are compared: the engine alone, as upstream says, and through the mesh."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 from bench import servers
 from bench.lab import Lab
 from bench.measure import Figures, per_worker
-from bench.meshnode import mesh_of
-from bench.servers import HOST, PORT, START_WITHIN_S, Programs, Setting, Task, machine_names
-from mesh.engine.commands import Launch, split_arguments
+from bench.meshnode import MeshNode, mesh_of
+from bench.servers import PORT, START_WITHIN_S, Programs, Setting, Task, machine_names
+from mesh.engine.commands import Launch
 from mesh.models.gguf import inspect
 from mesh.wire.facts import Layout, RingMember
 
@@ -23,18 +23,23 @@ def even_split(n_layers: int, members: int) -> list[int]:
     return [share + (index >= members - rest) for index in range(members)]
 
 
-def layout_of(task: Task, counts: Sequence[int]) -> Layout:
-    """The layout in which the host and its workers, called as their machines are, carry so many layers each."""
+def layout_of(task: Task, counts: Sequence[int], names: Sequence[str] | None = None) -> Layout:
+    """The layout in which the host and its workers, called as their machines are, carry so many layers each.
+
+    Args:
+        names: the machines, host first; None for :func:`bench.servers.machine_names`.
+    """
+    names = names or machine_names(len(counts) - 1)
     model = inspect(task.model).cost("5e" * 32)
     ring = []
     at = 0
-    for name, count in zip(machine_names(len(counts) - 1), counts, strict=True):
+    for name, count in zip(names, counts, strict=True):
         layers = (at, at + count - 1) if count else None
         ring.append(RingMember(name, name, layers, sum(model.layer_bytes[at : at + count]), "CPU"))
         at += count
     mode: Literal["solo", "split"] = "split" if len(ring) > 1 else "solo"
     kept = 2 * task.ctx_size * sum(model.kv_bytes_per_token)  # as a plan gives with memory to spare
-    return Layout(mode, HOST, model, tuple(ring), ctx_size=task.ctx_size, parallel=1, prompt_cache_bytes=kept)
+    return Layout(mode, names[0], model, tuple(ring), ctx_size=task.ctx_size, parallel=1, prompt_cache_bytes=kept)
 
 
 @contextlib.contextmanager
@@ -57,28 +62,15 @@ def upstream(lab: Lab, task: Task, workers: int, *, count_turns: bool = False) -
 
 
 @contextlib.contextmanager
-def bare(lab: Lab, task: Task, workers: int, counts: Sequence[int] | None) -> Iterator[tuple[Setting, Figures]]:
-    """The mesh's division of layers (host first, output at home) over the open network, without the mesh.
+def mesh(
+    lab: Lab, task: Task, workers: int, names: Sequence[str] | None = None
+) -> Iterator[tuple[Setting, Figures, dict[str, MeshNode]]]:
+    """``mesh up`` on every machine, the model divided over all; asked on the host's machine, as the others are.
 
     Args:
-        counts: layers of the host and each worker, in ring order; None for an even split.
+        names: the machines; None for :func:`bench.servers.machine_names`.
     """
-    names = machine_names(workers)[1:]
-    counts = counts or even_split(inspect(task.model).n_layers, workers + 1)
-    arguments = split_arguments(layout_of(task, counts), servers.endpoints_of(lab, names))
-    arguments += ["-lm", "none", "-cram", "0", "-ctxcp", "0"]
-    with (
-        _rpc_servers(lab, task, task.programs, names, False),
-        _engine(lab, task, task.programs, "bare", names, arguments) as (setting, figures),
-    ):
-        figures.layers = list(counts)
-        yield setting, figures
-
-
-@contextlib.contextmanager
-def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]]:
-    """``mesh up`` on every machine, the model divided over all; asked on the host's machine, as the others are."""
-    names = machine_names(workers)
+    names = names or machine_names(workers)
     arguments = ["--no-discovery", "--ctx-size", str(task.ctx_size), "--parallel", "1"]
     arguments += ["--split", "always" if workers else "never"]
     lab.reset_counters()
@@ -99,11 +91,11 @@ def mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]
         now = time.monotonic()
         ring = status["layout"]["ring"]
         host = next(member["name"] for member in ring if member["id"] == status["layout"]["host"])
-        away = tuple(name for name in names if name != host)
+        away = tuple(member["name"] for member in ring if member["name"] != host)
         figures = Figures("mesh", "", workers, now - began, now - starting_at[0])
         figures.load_bytes = per_worker(lab.counters(), away)
         figures.layers = [0 if m["layers"] is None else m["layers"][1] - m["layers"][0] + 1 for m in ring]
-        yield Setting(lab, nodes[host].base_url, host, away), figures
+        yield Setting(lab, nodes[host].base_url, host, away), figures, nodes
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@
 
 Every configuration runs in the lab on the same machines, with the same file, prompt and threads per machine, greedy;
 figures are medians. ``solo`` is llama-server on one machine; ``upstream`` puts all layers on RPC servers as upstream's
-documentation says; ``bare`` is the mesh's division of layers over plain TCP; ``mesh`` is ``mesh up`` on every machine.
+documentation says; ``bare`` is what the mesh starts, over plain TCP instead of tunnels; ``mesh`` is ``mesh up`` on
+every machine. What the mesh costs is better asked of ``bin/bench through``, which takes turns between those two.
 Needs root (see bench/lab).
 """
 
@@ -28,10 +29,12 @@ from bench.lab import Lab, LabError, lab_available, parse_link
 from bench.measure import BenchError, Figures, Question, ask
 from bench.meshnode import MeshNodeError
 from bench.models import find_model
+from bench.ring import settings as ring_settings
 from bench.servers import Programs, Setting, Task, machine_names
 from mesh.engine.cache import find_engine
 from mesh.engine.pin import engine_pin
 from mesh.errors import MeshError
+from mesh.models.gguf import inspect
 
 CONFIGURATIONS = ("solo", "upstream", "bare", "mesh")
 
@@ -69,13 +72,29 @@ def find_programs() -> Programs:
 
 
 @contextlib.contextmanager
+def _bare(lab: Lab, task: Task, workers: int, counts: Sequence[int] | None) -> Iterator[tuple[Setting, Figures]]:
+    """The mesh's own commands and division of layers (an even one for None), without the mesh."""
+    counts = counts or settings.even_split(inspect(task.model).n_layers, workers + 1)
+    with ring_settings.ring(lab, task, counts) as setting:
+        figures = Figures("bare", "", workers, setting.load_s, setting.load_s)
+        figures.load_bytes, figures.layers = dict(setting.load_bytes), list(counts)
+        yield setting, figures
+
+
+@contextlib.contextmanager
+def _mesh(lab: Lab, task: Task, workers: int) -> Iterator[tuple[Setting, Figures]]:
+    with settings.mesh(lab, task, workers) as (setting, figures, _):
+        yield setting, figures
+
+
+@contextlib.contextmanager
 def started(name: str, lab: Lab, task: Task, workers: int, counts: Any) -> Iterator[tuple[Setting, Figures]]:
     """The configuration of that name, serving."""
     context = {
         "solo": lambda: settings.solo(lab, task),
         "upstream": lambda: settings.upstream(lab, task, workers),
-        "bare": lambda: settings.bare(lab, task, workers, counts),
-        "mesh": lambda: settings.mesh(lab, task, workers),
+        "bare": lambda: _bare(lab, task, workers, counts),
+        "mesh": lambda: _mesh(lab, task, workers),
     }[name]()
     with context as both:
         yield both

@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import servers, settings
 from bench.lab import Lab
 from bench.measure import BenchError
-from bench.servers import PORT, Programs, Setting, Task
+from bench.servers import HOST, PORT, Programs, Setting, Task
 from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
 from mesh.errors import EngineError
@@ -37,11 +37,11 @@ print(time.perf_counter() - began)
 
 
 @contextlib.contextmanager
-def solo(lab: Lab, task: Task) -> Iterator[Setting]:
+def solo(lab: Lab, task: Task, *, host: str = HOST) -> Iterator[Setting]:
     """What the mesh starts on a machine that is alone, on the host's machine, beside what else runs there."""
-    layout = settings.layout_of(task, settings.even_split(inspect(task.model).n_layers, 1))
+    layout = settings.layout_of(task, settings.even_split(inspect(task.model).n_layers, 1), [host])
     launch = llama_server_command(_engine(task.programs), layout, task.model, SOLO_PORT, threads=task.threads)
-    with servers.llama_server(lab, task.directory, "solo", launch, port=SOLO_PORT) as setting:
+    with servers.llama_server(lab, task.directory, "solo", launch, port=SOLO_PORT, host=host) as setting:
         yield setting
 
 
@@ -53,20 +53,23 @@ def upstream(lab: Lab, task: Task, workers: int, *, count_turns: bool = False) -
 
 
 @contextlib.contextmanager
-def ring(lab: Lab, task: Task, counts: Sequence[int], *, count_turns: bool = False) -> Iterator[Setting]:
+def ring(
+    lab: Lab, task: Task, counts: Sequence[int], *, names: Sequence[str] | None = None, count_turns: bool = False
+) -> Iterator[Setting]:
     """The mesh's commands, to the letter, but for the addresses: the open network is where the mesh has its tunnels.
 
     Args:
         counts: layers of the host and each worker.
+        names: their machines; None for :func:`bench.servers.machine_names`.
         count_turns: of the host's connections; the workers' pushes to one another go straight, as ever.
     """
     engine = _engine(task.programs)
-    layout = settings.layout_of(task, counts)
-    names = [worker.name for worker in layout.workers]
-    endpoints = servers.endpoints_of(lab, names, count_turns=count_turns)
-    reached = dict(zip(names, servers.endpoints_of(lab, names), strict=True))
+    layout = settings.layout_of(task, counts, names)
+    workers = [worker.name for worker in layout.workers]
+    endpoints = servers.endpoints_of(lab, workers, count_turns=count_turns)
+    reached = dict(zip(workers, servers.endpoints_of(lab, workers), strict=True))
     launches = {}
-    for name in names:
+    for name in workers:
         successor = layout.successor(name)
         launch = rpc_server_command(
             engine,
@@ -83,7 +86,7 @@ def ring(lab: Lab, task: Task, counts: Sequence[int], *, count_turns: bool = Fal
         host = Launch((*host.argv, "-ub", str(task.ubatch)), host.env)
     with (
         servers.rpc_servers(lab, task.directory, launches, count_turns=count_turns),
-        servers.llama_server(lab, task.directory, "ring", host, names) as setting,
+        servers.llama_server(lab, task.directory, "ring", host, workers, host=layout.host) as setting,
     ):
         yield setting
 

@@ -13,6 +13,7 @@ from mesh.clock import Clock
 from mesh.errors import MeshError
 from mesh.membership.knocks import Knocks
 from mesh.membership.link import Link
+from mesh.transport.address import split_address
 from mesh.transport.choice import Event, LaneChoice, Measured, TcpFailed, is_near
 from mesh.transport.lane import Path, Stream
 from mesh.transport.tcp import TcpLane, digest_of, new_ticket
@@ -55,6 +56,8 @@ class BulkLanes:
         self._knocks = Knocks()
         self._awaited: dict[bytes, asyncio.Future[None]] = {}
         self._ways: dict[NodeId, _Way] = {}
+        self._hosts: dict[NodeId, str] = {}
+        """Where each linked peer is; "" behind a relay."""
         self._echoes: set[asyncio.Task[None]] = set()
         if tcp is not None:
             tcp.recognise = self._recognise
@@ -64,12 +67,19 @@ class BulkLanes:
 
     def up(self, link: Link) -> None:
         """A member is connected: see whether it can be reached over TCP, too."""
+        self._hosts[link.peer] = _host_of(link)
         if self._tcp is not None and link.facts.tcp and link.connection.path != "relay":
             way = self._ways[link.peer] = _Way(LaneChoice(self._clock.now()))
             way.keeper = asyncio.get_running_loop().create_task(self._keep_choosing(self._tcp, link, way))
 
     def moved(self, link: Link) -> None:
-        """The link goes another way than before: what was found out about lanes is history. Streams go on."""
+        """The link goes another way than before: what was found out about lanes is history. Streams over QUIC go on.
+
+        Those over TCP do when only the port is another. A TCP connection cannot follow its peer to another address, and
+        would say so after a quarter of an hour; nor is one likely to live on a path that just died under QUIC.
+        """
+        if self._tcp is not None and self._hosts.get(link.peer) != _host_of(link):
+            self._tcp.cut(link.peer, f"{link.peer} is reached at {link.address} now")
         way = self._ways.pop(link.peer, None)
         if way is not None:
             way.end()
@@ -81,6 +91,7 @@ class BulkLanes:
         way = self._ways.pop(link.peer, None)
         if way is not None:
             way.end()
+        self._hosts.pop(link.peer, None)
         self._knocks.forget(link.peer)
         if self._tcp is not None:
             self._tcp.cut(link.peer, f"the link to {link.peer} is down: {reason}")
@@ -224,6 +235,10 @@ class _Way:
         self.settled.set()
         if self.keeper is not None:
             self.keeper.cancel()
+
+
+def _host_of(link: Link) -> str:
+    return "" if link.connection.path == "relay" else split_address(link.address)[0]
 
 
 async def _echo(stream: Stream) -> None:

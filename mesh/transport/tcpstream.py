@@ -19,7 +19,9 @@ READ_BUFFER = 1 << 20
 STRANGER_READ_BUFFER = 16 * 1024
 WRITE_BUFFER = 512 * 1024
 """Bytes the kernel has not taken yet, above which a writer waits."""
-_KEEP_ALIVE_S = 60
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
+"""Who waits for an answer learns in eleven seconds that nobody is there any more. A ring may be idle for hours, too,
+and boxes in between forget connections that are."""
 _PIECE = 128 * 1024
 _CHUNK = 256 * 1024
 _LINGER_NONE = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
@@ -154,10 +156,10 @@ class TcpStream(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A ring may be idle for hours, and boxes in between forget connections that are.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if hasattr(socket, "TCP_KEEPIDLE"):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_S)
+            for name, value in _KEEP_ALIVE.items():
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         if self._write_error is not None:
             transport.abort()
             return
@@ -182,7 +184,8 @@ class TcpStream(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone = True
         self._fail(f"the connection broke: {exc}" if exc else "the connection is closed")
-        self.on_gone()
+        on_gone, self.on_gone = self.on_gone, lambda: None  # it names us: without it we go when nobody else does
+        on_gone()
 
     def pause_writing(self) -> None:
         self._full = True

@@ -84,6 +84,8 @@ class LocalEnd(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.lost.done():
             self.lost.set_result(exc)
+        # An error that ended a tunnel keeps this object until garbage is collected.
+        self._room = memoryview(b"")
         self._wake_reader()
         self.resume_writing()
 

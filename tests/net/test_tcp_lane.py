@@ -421,6 +421,20 @@ async def test_small_packets_are_not_held_back(listener: Listener, dialer: TcpLa
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+async def test_who_waits_at_a_dead_path_learns_it_in_seconds(listener: Listener, dialer: TcpLane) -> None:
+    ours, theirs = await listener.pair(dialer)
+    for stream in (ours, theirs):
+        assert stream._transport is not None
+        sock = stream._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            idle, every, times = (
+                sock.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle + every * times <= 12
+
+
 async def test_what_is_cut_says_why(listener: Listener, dialer: TcpLane) -> None:
     ours, theirs = await listener.pair(dialer)
     await theirs.write(b"last words")

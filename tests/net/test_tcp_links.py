@@ -208,6 +208,27 @@ async def test_a_member_that_vanishes_takes_its_streams_with_it(party: Party) ->
         await asyncio.wait_for(ours.read(), 2)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"], ids=["another port", "another address"])
+async def test_streams_over_tcp_do_not_wait_at_an_address_that_the_peer_has_left(
+    party: Party, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """A ring hung for minutes: its link had followed a machine to another address, and its bytes had not."""
+    anna, ben = await two(party)
+    ours, theirs = await opened(ben, anna)
+    reading = asyncio.create_task(ours.read())
+    await asyncio.sleep(0)
+    link = ben.links.link(anna.key.id)
+    assert link
+    monkeypatch.setattr(type(link), "address", f"{host}:{anna.address.rpartition(':')[2]}")
+    ben.links._bulk.moved(link)
+    if host == "127.0.0.2":
+        with pytest.raises(TransportError, match=r"is reached at 127\.0\.0\.2"):
+            await asyncio.wait_for(reading, 2)
+    else:
+        await theirs.write(b"still here")
+        assert await asyncio.wait_for(reading, 2) == b"still here"
+
+
 async def test_a_node_that_stops_leaves_no_socket(party: Party) -> None:
     anna, ben = await two(party)
     await opened(ben, anna)
