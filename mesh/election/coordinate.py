@@ -311,9 +311,7 @@ class Coordination:
             return keep
         # Whoever ran another one until now may finish what that has begun.
         drain_s = self._timing.drain
-        return Propose(
-            self._next_epoch(), keep.layout, keep.reason, self.excluded, lifts=keep.epoch, drain_s=drain_s
-        )
+        return Propose(self._next_epoch(), keep.layout, keep.reason, self.excluded, lifts=keep.epoch, drain_s=drain_s)
 
     def _next_epoch(self) -> Epoch:
         return Epoch(max(self.seen, self._following.epoch).number + 1, self._me)
