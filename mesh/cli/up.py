@@ -172,6 +172,7 @@ def _log_to(path: Path) -> None:
             f"cannot write the log {path}: {error.strerror}", remedy="check its permissions, or choose --state-dir DIR"
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.raiseExceptions = False  # a disk that is full costs the log, not the terminal
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

@@ -31,7 +31,7 @@ from mesh.node.facts import OwnFacts
 from mesh.node.narrator import Narrator
 from mesh.node.planning import Trial, answer_plan, tried
 from mesh.node.prepare import LocalModel
-from mesh.node.record import Record, save_record
+from mesh.node.record import Ledger, Record
 from mesh.node.shelf import Shelf
 from mesh.node.statedir import command_for
 from mesh.node.status import Counts, build_status
@@ -99,6 +99,7 @@ class Node:
         self.view = view
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
+        self._ledger = Ledger(settings.state_dir, view.show)
         self._shelf = Shelf(model, engine, view, self._tell_facts)
         self.whereabouts = Whereabouts(settings, endpoint, bound, clock, self._moved)
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
@@ -108,7 +109,8 @@ class Node:
         spread = random.random()  # noqa: S311 - of retries
         timing = Timing(drain=settings.drain_s)
         self._election = Election(key.id, seen=record.epoch, jitter=spread, timing=timing)
-        self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
+        self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock, after=self._tell_view)
+        self._view_is_old = False
         self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
         self.links = self._make_links(endpoint, tcp)
         self.proxy = Proxy(clock)
@@ -251,7 +253,7 @@ class Node:
         """Write down who belongs and where they are."""
         roster = self.links.roster
         self.record = self.record.grown(roster, self.links.members)
-        save_record(self.settings.state_dir, self.record)
+        self._ledger.write(self.record)
 
     # -- links -> membership -> election -------------------------------------------------------------------------------
 
@@ -294,7 +296,14 @@ class Node:
                 self.links.drop(effect.node, effect.reason)
         if isinstance(effect, membership.MemberAlive | membership.MemberFacts):
             self._shelf.look_for(effect.facts.models)
-        self._electing.feed(election.ViewChanged(seen))
+        self._view_is_old = True
+
+    def _tell_view(self) -> None:
+        # Only after all effects of a batch: a newcomer must hear who is in before it hears what runs, or it takes
+        # members it does not know yet for lost.
+        if self._view_is_old:
+            self._view_is_old = False
+            self._electing.feed(election.ViewChanged(self._membership.view()))
 
     # -- election -> engine and proxy ----------------------------------------------------------------------------------
 
@@ -308,7 +317,7 @@ class Node:
                 self._electing.feed(answer_plan(effect, self.key.id, self._round_trips()))
             case election.Remember(number):
                 self.record = self.record.at(number)
-                save_record(self.settings.state_dir, self.record)
+                self._ledger.write(self.record)
             case election.Adopt():
                 self._adopt(effect)
             case election.WorkersReady(epoch):
@@ -400,10 +409,11 @@ class Node:
         self._members.feed(membership.FactsChanged(self.facts))
 
     async def _refresh(self) -> None:
-        """Look at free memory while nothing of ours is in it, and tell when it has really changed."""
+        """Look at free memory while nothing of ours is in it, and tell when it has really changed; and at the disks."""
         while True:
             await asyncio.sleep(REFRESH_S)
             self._shelf.look_again()
+            self._ledger.again()
             if self._runner.state is State.IDLE and self._own.measure():
                 self._tell_facts()
 
