@@ -89,7 +89,8 @@ def strike(stage: Stage, case: Case) -> Recovery:
         if case.kind != "nap":
             _await_ready(stage, diaries[witness.machine], since)
     said = {name: diary.entries() for name, diary in diaries.items()}
-    victim = next(member["id"] for member in ring if member["name"] == _gone(case, scene))
+    # Who leaves is planned away before it goes: that is the first sign of it.
+    victim = next((m["id"] for m in ring if m["name"] == _gone(case, scene) and case.kind != "leave"), "")
     figures = timeline(case.name, epoch, since, said, witness.machine, asker.token_at, victim)
     figures = replace(figures, accused=_accused(case, said, ring, scene.victim), orphans=_orphans(case, scene))
     ended = _mend(case, scene) or ended

@@ -1,14 +1,13 @@
-"""Machines that are badly off: a disk that can be filled, a clock that can be set, engines that find no memory or no peace.
+"""Machines that are badly off: a disk that can be filled, a clock that can be set, engines without memory or peace.
 
 Each is real where the kernel allows it: a small tmpfs in a mount namespace of its own, a resource limit, a signal. The
-clock of one machine alone cannot be set (time namespaces leave CLOCK_REALTIME out), so a library between the process and
-libc adds an offset that a file holds.
+clock of one machine alone cannot be set (time namespaces leave CLOCK_REALTIME out), so a library between the process
+and libc adds an offset that a file holds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import signal
 import subprocess
@@ -104,7 +103,7 @@ class SmallDisk:
         assert self._holder.stdout.readline() == "mounted\n", "no tmpfs here"
         self.inside = Path(f"/proc/{self._holder.pid}/root{path}")
         """The same directory, as others reach it."""
-        self.program = ("-c", _IN_BOX.format(namespace=f"/proc/{self._holder.pid}/ns/mnt", directory=os.getcwd()))
+        self.program = ("-c", _IN_BOX.format(namespace=f"/proc/{self._holder.pid}/ns/mnt", directory=str(Path.cwd())))
         """What Python runs to be ``mesh`` with this disk."""
 
     def fill(self) -> None:
