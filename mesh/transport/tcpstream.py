@@ -9,6 +9,7 @@ import ssl
 import struct
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from mesh.errors import TransportError
 from mesh.transport.received import Received, read_exactly
@@ -121,7 +122,8 @@ class TcpStream(asyncio.BufferedProtocol):
         if self._transport is not None:
             sock = self._transport.get_extra_info("socket")
             if sock is not None:
-                with contextlib.suppress(OSError):  # a reset: the other side learns it at once and keeps nothing
+                # A reset: the other side learns it at once and keeps nothing. uvloop's closed sockets raise ValueError.
+                with contextlib.suppress(OSError, ValueError):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
             self._transport.abort()
 
@@ -150,7 +152,7 @@ class TcpStream(asyncio.BufferedProtocol):
     # -- what asyncio calls ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         self._transport = transport
         transport.set_write_buffer_limits(WRITE_BUFFER)
         sock = transport.get_extra_info("socket")

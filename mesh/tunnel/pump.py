@@ -11,7 +11,7 @@ import contextlib
 import socket
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mesh.errors import TransportError
 from mesh.transport.lane import Stream
@@ -56,7 +56,7 @@ class LocalEnd(asyncio.BufferedProtocol):
     # what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         self._transport = transport
         transport.set_write_buffer_limits(HIGH_WATER)
         sock = transport.get_extra_info("socket")
