@@ -133,3 +133,57 @@ async def test_a_small_message_needs_no_task_on_its_way(lane: object, monkeypatc
             writer.close()
             pumping.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def test_what_waits_is_never_overtaken_on_the_way_into_the_mesh() -> None:
+    local, _, writer = await local_pair()
+    taken: list[bytes] = []
+    answers = iter([False, True, True])
+
+    def sink(data: bytes) -> bool:
+        if answer := next(answers):
+            taken.append(data)
+        return answer
+
+    local.sink = sink
+    for data in (b"first", b"second"):
+        local.get_buffer(-1)[: len(data)] = data
+        local.buffer_updated(len(data))
+    assert not taken, "the second must not go before the first"
+    assert await local.read() == b"firstsecond"
+    local.abort()
+    writer.close()
+
+
+async def test_a_writer_that_was_just_woken_goes_before_what_comes_now() -> None:
+    async with over_tcp() as (here, there):
+        assert isinstance(here, TcpStream)
+        here.pause_writing()
+        writing = asyncio.ensure_future(here.write(b"first"))
+        await eventually(lambda: here._writer is not None, every=0)
+        here.resume_writing()
+        assert not here.write_now(b"second"), "the first waits for its turn of the loop"
+        await writing
+        assert here.write_now(b"second")
+        assert await there.read_exactly(11) == b"firstsecond"
+
+
+@LANES
+async def test_what_waits_is_never_overtaken_on_the_way_out_of_the_mesh(lane: object) -> None:
+    async with lane() as (here, there):  # type: ignore[operator]
+        offered: list[bytes] = []
+
+        def sink(data: bytes) -> bool:
+            offered.append(data)
+            return len(offered) > 1
+
+        there.pass_to(sink)
+        await here.write(b"first")
+        await eventually(lambda: offered)
+        await here.write(b"second")
+        unread = there._received if isinstance(there, TcpStream) else there._chunks
+        await eventually(lambda: unread.size == 11)
+        assert await there.read_exactly(11) == b"firstsecond"
+        assert offered == [b"first"], "the second must not be offered while the first waits"
+        await here.write(b"third")
+        await eventually(lambda: len(offered) == 2)
