@@ -14,7 +14,7 @@ import httpx
 
 from bench.lab import Lab
 from bench.measure import BenchError, complete
-from bench.meshnode import MeshNode
+from bench.meshnode import MeshNode, stop_all
 from bench.recovery.cases import Case, Scene
 from bench.recovery.diary import Diary, Entry
 from bench.recovery.disk import SlowDisk
@@ -96,6 +96,13 @@ def strike(stage: Stage, case: Case) -> Recovery:
     ended = _mend(case, scene) or ended
     _whole(stage)
     return replace(figures, whole_s=time.time() - ended if case.kind != "nap" else None)
+
+
+def renew(stage: Stage) -> None:
+    """Stop all nodes and start them again, at peace: hold-offs live in their memory."""
+    stop_all(list(stage.nodes.values()))
+    for node in stage.nodes.values():
+        node.start()
 
 
 def _whole(stage: Stage) -> tuple[int, list[dict[str, Any]]]:
