@@ -132,8 +132,8 @@ class BoxedNode(MeshNode):
 
 
 @contextlib.contextmanager
-def to_every(node: MeshNode, name: str, do: Callable[[psutil.Process], None]) -> Iterator[list[int]]:
-    """Do something to every engine process called ``name`` on a machine as soon as it is there; yields their ids."""
+def to_every(node: MeshNode, name: str | None, do: Callable[[psutil.Process], None]) -> Iterator[list[int]]:
+    """Do something to every engine process (called ``name``) as soon as it is there; yields their ids."""
     met: list[int] = []
     over = threading.Event()
 
