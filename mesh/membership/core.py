@@ -126,9 +126,8 @@ class Membership:
         if not self._stale and self._due is not None:
             return self._due
         self._stale = False
-        self._due = min(
-            (due for peer in self._peers.values() if (due := self._patience.due(peer)) is not None), default=None
-        )
+        due = self._patience.due
+        self._due = min([at for peer in self._peers.values() if (at := due(peer)) is not None], default=None)
         return self._due
 
     # -- events --------------------------------------------------------------------------------------------------------
@@ -139,13 +138,20 @@ class Membership:
             return []
         self._out = []
         self._doubt_ourselves(now)
-        self._stale |= not isinstance(event, Heard | Received)
+        if isinstance(event, Received):  # most of all that comes, so asked first
+            self._heard(event.peer, now)
+            self._received(event.peer, event.message, now)
+        elif isinstance(event, Heard):
+            self._heard(event.peer, now)
+        else:
+            self._stale = True
+            self._take(event, now)
+        if not self._stale:
+            self._stale = any([not isinstance(effect, Send) for effect in self._out])
+        return self._out
+
+    def _take(self, event: Event, now: float) -> None:
         match event:
-            case Heard(peer):
-                self._heard(peer, now)
-            case Received(peer, message):
-                self._heard(peer, now)
-                self._received(peer, message, now)
             case Tick():
                 for known in list(self._peers.values()):
                     self._watch(known, now)
@@ -161,8 +167,8 @@ class Membership:
             case Leave(reason):
                 self._left = True
                 self._out.append(Broadcast(Leaving(reason)))
-        self._stale |= any(not isinstance(effect, Send) for effect in self._out)
-        return self._out
+            case _:
+                pass
 
     def _doubt_ourselves(self, now: float) -> None:
         """Being late for our own timer means that we slept, not that everyone else died."""
@@ -252,10 +258,14 @@ class Membership:
     # -- probing -------------------------------------------------------------------------------------------------------
 
     def _watch(self, peer: Peer, now: float) -> None:
+        if peer.standing is Standing.ALIVE:
+            due = self._patience.due(peer)
+            if due is not None and now < due:
+                return
+            if now >= self._patience.suspect_at(peer):
+                self._move(peer, Sign.SILENT, now)
         if not peer.is_member:
             return
-        if peer.standing is Standing.ALIVE and now >= self._patience.suspect_at(peer):
-            self._move(peer, Sign.SILENT, now)
         if peer.standing is not Standing.ALIVE:
             self._judge(peer, now)
         if not peer.is_member:
@@ -364,6 +374,8 @@ class Membership:
                 self._out.append(MemberFacts(facts.id, facts))
 
     def _note_cut(self, reporter: NodeId, node: NodeId, cut: bool) -> None:
+        if not self._cuts.would_change(reporter, node, cut):
+            return
         before = self._known_cuts()
         self._cuts.note(reporter, node, cut)
         if self._known_cuts() != before:
