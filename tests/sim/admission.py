@@ -18,11 +18,10 @@ from mesh.membership.callbacks import Callbacks
 from mesh.membership.door import Admitted, answer_join, weigh_hello
 from mesh.membership.expulsion import Expulsion
 from mesh.membership.join import accept
-from mesh.membership.lapse import OUT
 from mesh.membership.rights import may_say
 from mesh.node.record import Record, found, from_join
 from mesh.wire.facts import NodeId, Role
-from mesh.wire.messages import PROTOCOL, Control, Grant, Hello, Join, Joined, Members, Refused, Revoke
+from mesh.wire.messages import PROTOCOL, Control, Hello, Join, Joined, Members, Refused, Revoke
 from tests.sim.fakes import node_id as letters_of
 
 if TYPE_CHECKING:

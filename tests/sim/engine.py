@@ -115,6 +115,8 @@ class Engine:
             case ev.StopEngine():
                 if not self._stopping:
                     self._stop()
+            case ev.AwaitDrain(epoch, hosting):
+                self._await_drain(self._steps, epoch, hosting)
             case ev.StartRpcServer(epoch, layout):
                 self._later(0.05, 0.25, self._spawn, self._steps, ProcessKind.RPC, epoch, layout)
             case ev.OpenTunnels(epoch, workers):
@@ -142,6 +144,12 @@ class Engine:
     def _step(self, step: int, event: ev.Event) -> None:
         if step == self._steps:
             self.post(event)
+
+    def _await_drain(self, step: int, epoch: Epoch, hosting: bool) -> None:
+        process = self.process
+        busy = self.node.ingress.busy(process) if hosting else process is not None and process.carries is not None
+        if step == self._steps:
+            self._later(0.05, 0.0, self._await_drain, step, epoch, hosting) if busy else self.post(ev.Drained(epoch))
 
     def _spawn(self, step: int, kind: ProcessKind, epoch: Epoch, layout: Layout) -> None:
         if step != self._steps:
@@ -187,7 +195,8 @@ class Engine:
                     theirs = worker.engine.process
                     if theirs.carries is process and self.world.network.is_open(self.node.id, share.id):
                         theirs.carries = None
-        self.world.process_ended(process)
+        if process.kind is ProcessKind.SERVER and self.node.is_running:
+            self.node.ingress.ended(process)
 
     def _exits(self, process: Process, code: int, why: str) -> None:
         if self.process is not process or self._stopping:

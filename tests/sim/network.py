@@ -216,12 +216,14 @@ class Network:
         here = self.nodes.get(a) is dialer and self.nodes.get(b) is peer
         if mine is not None or not here or not dialer.is_awake or not peer.is_awake or not self.is_open(a, b):
             return
-        if not peer.greets(dialer) or not dialer.greets(peer):
+        theirs_says = peer.greets(dialer)
+        mine_says = dialer.greets(peer) if theirs_says is not None else None
+        if theirs_says is None or mine_says is None:
             return
         if theirs is not None:
             theirs.ends.clear()  # replaced: the peer had not noticed that the old one is dead
         now = self.clock.now
         link = Link(a, b, {a, b}, {a: now, b: now})
         self.link[(a, b)] = self.link[(b, a)] = link
-        peer.link_up(a)
-        dialer.link_up(b)
+        peer.do(peer.boots, peer.link_up, dialer, theirs_says)
+        dialer.do(dialer.boots, dialer.link_up, peer, mine_says)
