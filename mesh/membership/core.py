@@ -54,7 +54,7 @@ class Membership:
 
     Args:
         facts: this node's own.
-        incarnation: larger than in any earlier run of this node; ``int(wall seconds) << BOOT_SHIFT`` will do.
+        incarnation: larger than in any earlier run of this node; ``int(wall milliseconds) << BOOT_SHIFT`` will do.
         probe_interval: seconds of silence after which a peer is probed. Doubles and so on past 32 members.
         ping_timeout: seconds until an unanswered probe makes a suspect; the measured round trip is added.
         stall_allowance: seconds a peer may sleep without being called dead; see :class:`Patience` for when it is.

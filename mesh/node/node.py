@@ -103,7 +103,7 @@ class Node:
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
-        self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
+        self._membership = Membership(self.facts, int(clock.wall() * 1000) << BOOT_SHIFT)
         self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
         self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
         self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
@@ -318,9 +318,11 @@ class Node:
             if served.host == self.key.id:
                 port = self._runner.http_port(self._engine_epoch(served.epoch))
                 return await open_tcp("127.0.0.1", port or 0)
-            return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
+            newest = self._election.epoch if self._election.covers(served.epoch) else served.epoch
+            return await self.links.open_bulk(served.host, OpenHttp(newest))
 
-        self.proxy.serve(Route(served.epoch, served.host, served.api_key, layout.model.name, open_engine))
+        # By the number the engine was started under: a lift interrupts no request.
+        self.proxy.serve(Route(self._engine_epoch(served.epoch), served.host, served.api_key, layout.model.name, open_engine))
         self._narrator.served(layout)
 
     def _unserve(self, reason: str) -> None:

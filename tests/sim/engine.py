@@ -47,10 +47,11 @@ class Process:
     def is_held_up(self) -> bool:
         """Something on the way round the ring is asleep or cut off."""
         world = self.node.world
-        return any(
-            not world.nodes[share.id].is_awake or not world.network.is_open(self.node.id, share.id)
-            for share in self.layout.workers
-        )
+        for share in self.layout.workers:
+            worker = world.nodes.get(share.id)
+            if worker is None or not worker.is_awake or not world.network.is_open(self.node.id, share.id):
+                return True
+        return False
 
 
 class Engine:

@@ -24,6 +24,7 @@ class Question:
     request: int
     attempt: int
     epoch: Epoch
+    """As the node that asks has it now."""
     streams: bool
 
 
@@ -52,6 +53,7 @@ class Attempt:
     host: NodeId
     link: Any = None
     """What it travels on; None: the host is this node."""
+    begun: bool = False
     server: Process | None = None
     """Where it was taken up, as the world knows."""
 
@@ -119,7 +121,8 @@ class Ingress:
 
     def _dispatch(self, order: px.Dispatch) -> None:
         client = self.clients[order.request]
-        question = Question(self.node.id, self.node.boots, order.request, order.attempt, order.epoch, client.streams)
+        newest = self.node.election.epoch if self.node.election.covers(order.epoch) else order.epoch
+        question = Question(self.node.id, self.node.boots, order.request, order.attempt, newest, client.streams)
         self.world.dispatched(self.node, order.epoch, self.host)
         attempt = self.attempts[order.request] = Attempt(question, self.host)
         if order.epoch != self.epoch:
@@ -151,6 +154,9 @@ class Ingress:
         if answer.lost is not None:
             self._tell_lost(attempt, answer.lost, "the engine ended")
         elif answer.part == "began":
+            if attempt.begun:
+                return
+            attempt.begun = True
             self.pump.feed(px.Began(question.request, question.attempt))
         else:
             self.pump.feed(px.Completed(question.request, question.attempt))

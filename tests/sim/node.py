@@ -371,7 +371,7 @@ class Node:
                     self.engine.post(sv.MemberReady(share.id, self.engine_epoch(epoch)))
             case el.Served():
                 self.world.routed(self, effect)
-                self.ingress.serve(effect.epoch, effect.host)
+                self.ingress.serve(self.engine_epoch(effect.epoch), effect.host)
             case el.Unserved(reason, drain_s):
                 self.world.routed(self, effect)
                 self.ingress.unserve(reason, drain_s)
@@ -386,10 +386,12 @@ class Node:
             self.world.note(f"{self.id[0]} waits {wait:.2f} s for its disk")
             if self.world.rng.random() < 0.5:
                 self.disk.record = after  # it is there, though nobody knows yet
-            self.stall(wait)
+            self.stalled_until = float("inf")  # nothing else is done here until this step is
             clock.run(clock.now + wait)
             if self.boots != boot or not self.is_running:
                 raise DiedError(lambda: None)
+            self.stalled_until = clock.now
+            clock.after(0.0, self.resume, boot)
         self.disk.record = after
         self._wrote()
 

@@ -177,7 +177,7 @@ class Witness:
     def abandoned(self, node: Node, attempt: Attempt) -> None:
         server = attempt.server
         goes_on = server is not None and server.is_alive and node.election.covers(server.epoch)
-        if goes_on and node.election.status().state == "serving":
+        if goes_on and not node.has_left and node.election.status().state == "serving":
             self.fail(f"Q2: {node.id[0]} drops a request although the engine that answers it goes on")
 
     def settled(self, node: Node, request: int, client: Client | None, how: str) -> None:
