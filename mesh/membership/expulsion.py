@@ -57,9 +57,11 @@ class Expulsion:
         public = known_as(self._roster, subject)
         if public is None:
             raise AdmissionError(f"this mesh knows no node {subject}", remedy="mesh status", code="unknown-node")
-        # Clocks differ: a revocation dated before the grant it is meant for would do nothing.
-        granted = max((grant.issued_at for grant in self._roster.grants if grant.subject == public), default=0)
-        wall = max(self._clock.wall(), granted)
+        # Clocks differ: a revocation dated before the grant it is meant for would do nothing, and one dated before what
+        # the subject had granted to others would throw them out as well.
+        to = max((grant.issued_at for grant in self._roster.grants if grant.subject == public), default=0)
+        by = max((grant.issued_at + 1 for grant in self._roster.grants if grant.issuer == public), default=0)
+        wall = max(self._clock.wall(), to, by)
         revocation = sign_revocation(self._key, mesh=self._roster.mesh, subject=public, wall=wall)
         if not self.take(revocation, None):
             raise AdmissionError(f"this node may not revoke {subject}", code="not-allowed")

@@ -87,6 +87,7 @@ class Token:
     uses: int
     role: Role
     admitted: set[NodeId] = field(default_factory=set)
+    tries: int = 0
 
     @property
     def is_spent(self) -> bool:

@@ -222,6 +222,8 @@ class Network:
             return
         if theirs is not None:
             theirs.ends.clear()  # replaced: the peer had not noticed that the old one is dead
+            del self.link[(b, a)]
+            peer.link_down(a, "closed")
         now = self.clock.now
         link = Link(a, b, {a, b}, {a: now, b: now})
         self.link[(a, b)] = self.link[(b, a)] = link

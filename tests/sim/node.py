@@ -141,11 +141,15 @@ class Node:
                     why = let_in(self.disk, answer, token.mesh, self.wall())
                     if why:
                         self.world.note(f"{self.id[0]} is refused: {why}")
-                        self.world.refused(self, token)
+                        self.world.forget_token(self)
                     else:
                         self.do(boot, self._begin)
 
             self.world.clock.after(3 * network.latency(), self.world.knock, token, join, self.disk.key, answered)
+        if token is not None:
+            token.tries += 1
+            if token.tries > 3:
+                self.world.forget_token(self)  # its owner asks somebody else
         self.world.clock.after(0.5 + 0.5 * self.world.rng.random(), self._seek, boot)
 
     def crash(self, boot: int | None = None) -> None:
@@ -176,6 +180,7 @@ class Node:
         """The mesh does not want us any more: the process ends, and its record says so."""
         self.world.note(f"{self.id[0]} is expelled: {why}")
         self.was_expelled = True
+        self.world.forget_token(self)
         if self.disk.record is not None:
             self.disk.record = self.disk.record.without_us()
         self.later(0.0, 0.0, self.leave)

@@ -154,9 +154,8 @@ class World(Witness):
         )
         self._tokens[node.id] = Token(invite.secret, inviter.id, invite.mesh, uses, node.facts.role)
 
-    def refused(self, node: Node, token: Token) -> None:
-        if self._tokens.get(node.id) is token:
-            del self._tokens[node.id]
+    def forget_token(self, node: Node) -> None:
+        self._tokens.pop(node.id, None)
 
     def knock(self, token: Token, join: Join, key: NodeKey, answered: Callable[[object], None]) -> None:
         """Somebody with ``key`` shows ``token`` to whoever made it."""
