@@ -54,7 +54,7 @@ class Membership:
 
     Args:
         facts: this node's own.
-        incarnation: larger than in any earlier run of this node; ``int(wall milliseconds) << BOOT_SHIFT`` will do.
+        incarnation: larger than in any earlier run of this node; the number of the run ``<< BOOT_SHIFT``.
         probe_interval: seconds of silence after which a peer is probed. Doubles and so on past 32 members.
         ping_timeout: seconds until an unanswered probe makes a suspect; the measured round trip is added.
         stall_allowance: seconds a peer may sleep without being called dead; see :class:`Patience` for when it is.
@@ -147,7 +147,7 @@ class Membership:
             self._stale = True
             self._take(event, now)
         if not self._stale:
-            self._stale = any([not isinstance(effect, Send) for effect in self._out])
+            self._stale = not all(isinstance(effect, Send) for effect in self._out)
         return self._out
 
     def _take(self, event: Event, now: float) -> None:

@@ -94,7 +94,7 @@ class Node:
     ) -> None:
         self.settings = settings
         self.key = key
-        self.record = record
+        self.record = record.started(clock.wall())
         self.view = view
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
@@ -103,7 +103,7 @@ class Node:
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
-        self._membership = Membership(self.facts, int(clock.wall() * 1000) << BOOT_SHIFT)
+        self._membership = Membership(self.facts, self.record.boot << BOOT_SHIFT)
         self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
         self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
         self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
@@ -202,6 +202,7 @@ class Node:
 
     async def start(self) -> None:
         """Sweep what an earlier run left behind, then begin to take part."""
+        save_record(self.settings.state_dir, self.record)
         swept = await self._runner.start()
         self._narrator.swept(len(swept))
         self._own.measure()
@@ -322,7 +323,8 @@ class Node:
             return await self.links.open_bulk(served.host, OpenHttp(newest))
 
         # By the number the engine was started under: a lift interrupts no request.
-        self.proxy.serve(Route(self._engine_epoch(served.epoch), served.host, served.api_key, layout.model.name, open_engine))
+        epoch, name = self._engine_epoch(served.epoch), layout.model.name
+        self.proxy.serve(Route(epoch, served.host, served.api_key, name, open_engine))
         self._narrator.served(layout)
 
     def _unserve(self, reason: str) -> None:

@@ -98,7 +98,8 @@ def founded(disk: Disk, others: list[tuple[Disk, Role]]) -> None:
     """A mesh of ``disk``'s node, which has let in ``others`` before the simulation begins."""
     record = found(disk.key, "sim", WALL - 1000)
     invited = [
-        _sign(disk.key, mesh=record.mesh, subject=other.key.public, role=role, wall=WALL - 900) for other, role in others
+        _sign(disk.key, mesh=record.mesh, subject=other.key.public, role=role, wall=WALL - 900)
+        for other, role in others
     ]
     members = Record(record.mesh, record.name, record.founder, (*record.grants, *invited))
     for one in (disk, *(other for other, _ in others)):
@@ -223,9 +224,8 @@ def let_in(disk: Disk, answer: object, mesh: NodeId, wall: float) -> str:
     """What a joiner makes of the answer; why it is not in, or nothing."""
     connection = SimpleNamespace(address="", peer="")
     try:
-        disk.record = from_join(accept(answer, mesh, connection, disk.key.public, wall))  # type: ignore[arg-type]
+        joined = accept(answer, mesh, connection, disk.key.public, wall)  # type: ignore[arg-type]
+        disk.record = from_join(joined, disk.record)
     except AdmissionError as error:
         return error.code
     return ""
-
-

@@ -72,7 +72,7 @@ class Engine:
     def worker_of(self, epoch: Epoch) -> Process | None:
         """Our rpc-server, if it listens and is that epoch's."""
         ready = self.core.state is State.WORKING and epoch == self.core.epoch
-        return self.process if ready else None
+        return self.process if ready or not self.world.parts.fences_engines else None
 
     def server_of(self, epoch: Epoch) -> Process | None:
         """Our llama-server, if it serves that epoch."""
@@ -131,6 +131,7 @@ class Engine:
                     self._later(0.1, 0.6, self._half_loaded, process)
                     self._later(0.3, 1.2, self._loaded, process)
             case ev.TellHost(host, message):
+                self.world.listens(self.node, message.epoch)
                 self.node.rpc_server_listens(host, message)
             case ev.AnnounceServing(epoch):
                 self.node.engine_serves(epoch)
@@ -188,7 +189,9 @@ class Engine:
             # The host's engine sees its tunnel end, if the path is open; else it learns it from the link.
             host = process.carries
             if self.world.network.is_open(self.node.id, host.node.id):
-                self._later(0.01, 0.1, host.node.do, host.boot, host.node.engine._tunnel_fails, host, self.node.id, "it ended")
+                self._later(
+                    0.01, 0.1, host.node.do, host.boot, host.node.engine._tunnel_fails, host, self.node.id, "it ended"
+                )
         elif process.kind is ProcessKind.SERVER and self.node.is_running:
             for share in process.layout.workers:
                 worker = self.world.nodes.get(share.id)
@@ -226,6 +229,7 @@ class Engine:
         worker = self.worker_of(epoch) if may_carry else None
         if worker is None:
             reason = "not-ready" if may_carry else "fenced"
+            self.world.turned_away(self.node, host)
             self.world.clock.after(
                 self.world.network.latency(),
                 host.node.do, host.boot, host.node.engine._tunnel_fails, host, self.node.id, reason,
@@ -256,5 +260,3 @@ class Engine:
         self.world.serves(self.node, process)
         process.answers = True
         self.post(ev.Answered(process.epoch))
-
-

@@ -41,9 +41,14 @@ def main(hours: float, jobs: int) -> int:
     for name, delay in PATHS.items():
         took = sorted(t for seed in range(100) for t in verdicts(NODES, seed, delay, delay / 10))
         p50, p99 = took[len(took) // 2], took[int(len(took) * 0.99)]
-        print(f"{name:6} crash detected: p50 {p50:.2f} s  p99 {p99:.2f} s  max {took[-1]:.2f} s  ({len(took)})", flush=True)
+        print(
+            f"{name:6} crash detected: p50 {p50:.2f} s  p99 {p99:.2f} s  max {took[-1]:.2f} s  ({len(took)})",
+            flush=True,
+        )
     done, wrong, guilty = count_evictions(hours, jobs)
-    print(f"{done:.0f} node-hours at {LOSS:.0%} loss and {JITTER_S * 1000:.0f} ms jitter: {wrong} healthy nodes evicted")
+    print(
+        f"{done:.0f} node-hours at {LOSS:.0%} loss and {JITTER_S * 1000:.0f} ms jitter: {wrong} healthy nodes evicted"
+    )
     if guilty:
         print(f"   by seeds {guilty[:20]}")
     print(f"{time.monotonic() - began:.0f} s")

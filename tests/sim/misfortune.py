@@ -22,6 +22,8 @@ class Misfortune:
         rng = self.rng
         self.over = False
         self.engine_failure = rng.choice([0.0, 0.0, 0.05, 0.3])
+        self.engines_failed = False
+        """By themselves, once or more."""
         self.slow_stops = rng.choice([0.0, 0.0, 0.2])
         self.slow_disk = rng.choice([0.0, 0.0, 0.1, 0.5])
         # Records of who belongs are dated by wall clocks: with clocks hours apart, revoking means little.

@@ -114,7 +114,8 @@ class Node:
         self.facts = replace(self.facts, version=self.facts.version + 1, draining=False)
         self._floor = float("-inf")
         self._launched = NO_EPOCH
-        self.membership = parts.membership(self.facts, int(self.wall() * 1000) << BOOT_SHIFT)
+        self.disk.record = record.started(self.wall())
+        self.membership = parts.membership(self.facts, self.disk.record.boot << BOOT_SHIFT)
         self.election = parts.election(self.id, seen=record.epoch, jitter=world.rng.random())
         self.members = SimPump(self.membership, self.carrier(self._membership_effect), mb.Tick, self)
         self.electing = SimPump(self.election, self.carrier(self._election_effect), el.Tick, self)
@@ -185,6 +186,7 @@ class Node:
             self.disk.record = self.disk.record.without_us()
         self.later(0.0, 0.0, self.leave)
         self.later(0.4, 0.0, self.crash)
+        self.world.clock.after(1.0, self.world.asks_again, self)
 
     def drain(self) -> None:
         if self.is_awake and self.is_member:

@@ -20,6 +20,8 @@ class Parts:
     engine: Callable[..., EngineCore] = EngineCore
     proxy: Callable[..., Core] = Core
     book: Callable[[Disk], InviteBook] = DiskBook
+    fences_engines: bool = True
+    """A worker's process is reached in its own epoch only, whatever the election thinks."""
 
 
 REAL = Parts()

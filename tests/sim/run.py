@@ -62,7 +62,9 @@ class Tally:
             self._shown = now
             pace = done / (now - self.began)
             left = (total - done) / pace
-            print(f"   {done} of {total} seeds, {len(self.failed)} failed, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"   {done} of {total} seeds, {len(self.failed)} failed, {left:.0f} s left", file=sys.stderr, flush=True
+            )
 
     def summary(self) -> str:
         outcomes, took = self.outcomes, time.monotonic() - self.began

@@ -40,6 +40,9 @@ class Witness:
         self.evicted_alive = 0
         self.revoked: set[NodeId] = set()
         """Thrown out, and not invited again."""
+        self.listening: set[tuple[NodeId, Epoch]] = set()
+        """Whose rpc-server was ever ready, and for which epoch."""
+        self.served_shapes: set[Any] = set()
         self.outcomes: dict[str, int] = {}
         """By what became of requests."""
         self.deaths_midway = 0
@@ -128,6 +131,15 @@ class Witness:
         if process is not None and process.carries not in (None, host) and process.carries.is_alive:
             self.fail(f"S4: {worker.id[0]} serves two hosts' tunnels at once")
 
+    def listens(self, worker: Node, epoch: Epoch) -> None:
+        """A worker's rpc-server is ready, and its host is told."""
+        self.listening.add((worker.id, epoch))
+
+    def turned_away(self, worker: Node, host: Process) -> None:
+        """A host's tunnel is not let in."""
+        if host.epoch in self.lineage[worker.id] and (worker.id, host.epoch) not in self.listening:
+            self.fail(f"S7: {host.node.id[0]} opens its tunnels before {worker.id[0]} ever listened")
+
     def serves(self, node: Node, server: Process) -> None:
         """A token has come through ``server``'s ring."""
         ranges = sorted(m.layers for m in server.layout.ring if m.layers is not None)
@@ -142,6 +154,7 @@ class Witness:
             worker = self.nodes[share.id].engine.process
             if worker is None or not worker.is_alive or worker.layout.shape() != server.layout.shape():
                 self.fail(f"S5: epoch {server.epoch} serves, but {share.id[0]} runs something else")
+        self.served_shapes.add(server.layout.shape())
 
     # -- S6, Q: requests -----------------------------------------------------------------------------------------------
 
@@ -156,6 +169,8 @@ class Witness:
             return
         if effect.epoch != node.election.epoch:
             self.fail(f"S6: {node.id[0]} follows {node.election.epoch} and routes to {effect.epoch}")
+        if self.layouts[effect.epoch][0] not in self.served_shapes:
+            self.fail(f"S6: {node.id[0]} routes to {effect.host[0]}, which never served epoch {effect.epoch}")
         self.routes[node.id] = effect
 
     def dispatched(self, node: Node, epoch: Epoch, host: NodeId) -> None:

@@ -109,8 +109,16 @@ class World(Witness):
             self.note(f"{node.id[0]} has lost its disk, and is {fresh.id[0]} now")
             fresh.start()
 
+    def asks_again(self, node: Node) -> None:
+        """Thrown out by what somebody had not heard yet: its owner asks for another invite."""
+        if node.id not in self.revoked and node.was_expelled and self.nodes.get(node.id) is node:
+            node.crash()
+            node.start()
+
     def engine_fails(self, node: Node) -> bool:
-        return self.rng.random() < self.misfortune.engine_failure
+        fails = self.rng.random() < self.misfortune.engine_failure
+        self.misfortune.engines_failed |= fails
+        return fails
 
     @property
     def slow_stops(self) -> float:
@@ -238,8 +246,9 @@ class World(Witness):
         states = {s.state for s in statuses.values()}
         if states == {"waiting"}:
             possible, _ = plan(tuple(n.facts for n in nodes), None, {}, frozenset())
-            failed = next(iter(statuses.values())).reason
-            return "" if possible is None or failed.startswith("FAILED") else f"all wait ({failed}), but could serve"
+            why = next(iter(statuses.values())).reason
+            gave_up = why.startswith("FAILED") and self.misfortune.engines_failed
+            return "" if possible is None or gave_up else f"all wait ({why}), but could serve"
         if states != {"serving"}:
             return "states " + ", ".join(f"{k}:{s.state} ({s.reason})" for k, s in statuses.items())
         routes = [self.routes[n.id] for n in nodes]
@@ -259,7 +268,7 @@ class World(Witness):
                 self.fail(f"L3: nothing serves {SERVED_WITHIN:.0f} s after healing: {why}")
             self.clock.run(self.clock.now + 0.1)
         served = self.clock.now - start
-        serves = any(route is not None for route in self.routes.values())
+        serves = any(self.routes[node.id] is not None for node in self._expected())
         limit = self.clock.now + ANSWERED_WITHIN + (0.0 if serves else self.hold_s)
         while waiting := self.unsettled():
             if self.clock.now >= limit:
