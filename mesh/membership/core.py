@@ -153,8 +153,7 @@ class Membership:
     def _take(self, event: Event, now: float) -> None:
         match event:
             case Tick():
-                for known in list(self._peers.values()):
-                    self._watch(known, now)
+                self._due, self._stale = self._watch_all(now), False
             case LinkUp(peer, facts):
                 self._link_up(peer, facts, now)
             case LinkDown(peer, reason):
@@ -257,15 +256,23 @@ class Membership:
 
     # -- probing -------------------------------------------------------------------------------------------------------
 
-    def _watch(self, peer: Peer, now: float) -> None:
-        if peer.standing is Standing.ALIVE:
+    def _watch_all(self, now: float) -> float | None:
+        """Do what is due, and say when something will be next."""
+        soonest: float | None = None
+        for peer in list(self._peers.values()):
             due = self._patience.due(peer)
-            if due is not None and now < due:
-                return
-            if now >= self._patience.suspect_at(peer):
-                self._move(peer, Sign.SILENT, now)
+            if due is not None and due <= now:
+                self._watch(peer, now)
+                due = self._patience.due(peer)
+            if due is not None and (soonest is None or due < soonest):
+                soonest = due
+        return soonest
+
+    def _watch(self, peer: Peer, now: float) -> None:
         if not peer.is_member:
             return
+        if peer.standing is Standing.ALIVE and now >= self._patience.suspect_at(peer):
+            self._move(peer, Sign.SILENT, now)
         if peer.standing is not Standing.ALIVE:
             self._judge(peer, now)
         if not peer.is_member:

@@ -60,11 +60,14 @@ class Patience:
         standing = peer.standing
         if standing is Standing.ALIVE:
             # The common case, asked for every peer after every tick: as above, without the calls.
-            heard = peer.heard_at
-            suspect = heard + self._probe_after(peer) + self.ping_timeout + min(peer.rtt or 0.0, 1.0)
+            heard, pinged, rtt = peer.heard_at, peer.pinged_at, peer.rtt
+            after = self.interval if self.me < peer.id else 1.2 * self.interval
+            suspect = heard + after + self.ping_timeout
+            if rtt is not None:
+                suspect += rtt if rtt < 1.0 else 1.0
             if not peer.linked:
                 return suspect
-            probe = (heard if heard > peer.pinged_at else peer.pinged_at) + self._probe_after(peer)
+            probe = (heard if heard > pinged else pinged) + after
             return probe if probe < suspect else suspect
         if not peer.is_member:
             return None

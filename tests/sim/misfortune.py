@@ -179,12 +179,22 @@ class Misfortune:
         world.network.slow.clear()
         for a, b in sorted(world.network.closed):
             world.network.set_path(a, b, True)
+        self._leave_one_down()
         for node in list(world.nodes.values()):
             node.fuse = None
             if node.is_running and not node.is_awake:
                 node.stalled_until = world.clock.now
                 node.resume(node.boots)
             going = node.is_running and (node.facts.draining or node.has_left or node.was_expelled)
-            if (not node.is_running or going) and not self._stays_out(node):
+            if (not node.is_running or going) and not self._stays_out(node) and node.id not in world.down:
                 node.crash()
                 node.start()
+
+    def _leave_one_down(self) -> None:
+        """A machine may be off for good."""
+        nodes = [node for node in self.world.nodes.values() if not self._stays_out(node)]
+        off = [node for node in nodes if not node.is_running]
+        if off and self.rng.random() < 0.5 and any(n.is_member and n.facts.role == "worker" for n in nodes):
+            one = self.rng.choice(off)
+            self.world.note(f"{one.id[0]} stays off")
+            self.world.down.add(one.id)

@@ -81,8 +81,7 @@ RESENT_AFTER_S = (0.0, 0.3, 0.9, 2.1, 4.5)
 
 
 class Network:
-    """Carries messages between ``nodes``, which offer ``is_running``, ``is_awake``, ``wanted``, ``greets``, ``deliver``,
-    ``link_up`` and ``link_down``."""
+    """Carries messages between ``nodes`` (:class:`tests.sim.node.Node`), and links them where their doors agree."""
 
     def __init__(self, clock: Clock, rng: random.Random, weather: Weather, nodes: dict[str, Any]) -> None:
         self.clock = clock

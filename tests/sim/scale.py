@@ -61,7 +61,7 @@ class Load:
     """Share of one processor that the core takes."""
     detection_s: list[float]
     join_bytes: int
-    """That one member sends when a machine joins; the newcomer gets ``n`` times as much, but for what goes to others."""
+    """That one member sends when a machine joins, to it and to the others."""
     newcomer_gets: int
     grants_bytes: int
     """The roster, once for each link."""

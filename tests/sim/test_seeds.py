@@ -23,8 +23,8 @@ PAST = {
     "somebody revoked unheard of let others in": 641,
     "a revoked member was invited again by one that had not heard": 68,
 }
-"""Seeds that failed once. What they tell may be another story since the simulation draws otherwise, so each bug that was
-found has a test of its own as well."""
+"""Seeds that failed once. They may tell another story since the simulation draws otherwise, so each bug that was found
+has a test of its own as well."""
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ class Witness:
         self.layouts: dict[Epoch, tuple[Any, ...]] = {}
         self.epoch_of: dict[NodeId, Epoch] = {}
         """What each node last adopted, crashes included."""
+        self.boot_of: dict[NodeId, int] = {}
         self.lineage: dict[NodeId, set[Epoch]] = {}
         self.routes: dict[NodeId, el.Served | None] = {}
         self.crashed_at: dict[NodeId, float] = {}
@@ -40,6 +41,8 @@ class Witness:
         self.evicted_alive = 0
         self.revoked: set[NodeId] = set()
         """Thrown out, and not invited again."""
+        self.down: set[NodeId] = set()
+        """Crashed, and not started again."""
         self.listening: set[tuple[NodeId, Epoch]] = set()
         """Whose rpc-server was ever ready, and for which epoch."""
         self.served_shapes: set[Any] = set()
@@ -60,6 +63,11 @@ class Witness:
         self.routes[node.id] = None
         self.lineage[node.id] = set()
         self.crashed_at.pop(node.id, None)
+        me = node.membership.view().find(node.id)
+        number = 0 if me is None else me.boot
+        if number <= self.boot_of.get(node.id, 0):
+            self.fail(f"M1: two runs of {node.id[0]} go by the number {number}, or the later by a smaller one")
+        self.boot_of[node.id] = number
         self.expect_trouble([node.id], 0.0)  # verdicts on its last run may still come
 
     def gone(self, node: Node) -> None:

@@ -111,7 +111,7 @@ class World(Witness):
 
     def asks_again(self, node: Node) -> None:
         """Thrown out by what somebody had not heard yet: its owner asks for another invite."""
-        if node.id not in self.revoked and node.was_expelled and self.nodes.get(node.id) is node:
+        if node.id not in self.revoked | self.down and node.was_expelled and self.nodes.get(node.id) is node:
             node.crash()
             node.start()
 
@@ -211,7 +211,7 @@ class World(Witness):
     # -- peace ---------------------------------------------------------------------------------------------------------
 
     def _expected(self) -> list[Node]:
-        return [node for node in self.nodes.values() if node.id not in self.revoked]
+        return [node for node in self.nodes.values() if node.id not in self.revoked and node.id not in self.down]
 
     def two_hosts(self) -> str:
         """Why there is not one host for all yet; empty when everyone follows one epoch."""
@@ -226,8 +226,11 @@ class World(Witness):
         return self._outsiders(nodes)
 
     def _outsiders(self, nodes: list[Node]) -> str:
-        """A2: who was revoked is out, everywhere."""
+        """A2, L1: who was revoked is out, everywhere; so is who crashed."""
         for node in nodes:
+            for gone in self.down:
+                if gone in node.membership.view():
+                    return f"{node.id[0]} still counts {gone[0]} in, which is off"
             for outsider in self.revoked:
                 if outsider in node.membership.view():
                     return f"{node.id[0]} still counts {outsider[0]} in, which was revoked"
