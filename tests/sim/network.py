@@ -11,12 +11,17 @@ from typing import Any
 from mesh.membership.dialer import DIAL_TIMEOUT_S, FIRST_RETRY_S, LAST_RETRY_S
 
 
+STANDSTILL = 50_000
+"""Things done at one and the same moment."""
+
+
 class Clock:
     """Virtual time: a heap of things to do."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.steps = 0
+        self._began = 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._n = 0
 
@@ -31,8 +36,12 @@ class Clock:
         """Do all that is due until then. May be called by what is being done: for somebody who waits, time passes."""
         heap = self._heap
         while heap and heap[0][0] <= until:
-            self.now, _, do, args = heapq.heappop(heap)
+            when, _, do, args = heapq.heappop(heap)
+            if when > self.now:
+                self.now, self._began = when, self.steps
             self.steps += 1
+            if self.steps - self._began > STANDSTILL:
+                raise RuntimeError(f"time stands still at {self.now:.3f} s: a timer that is due stays due")
             try:
                 do(*args)
             except DiedError as died:

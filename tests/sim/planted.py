@@ -8,9 +8,7 @@ from mesh.election import events as el
 from mesh.election.core import Election
 from mesh.election.following import Following
 from mesh.identity.invite import _Entry
-from mesh.membership import events as mb
 from mesh.membership.core import BOOT_SHIFT, Membership
-from mesh.membership.standing import Sign
 from mesh.proxy import events as px
 from mesh.proxy.core import Core
 from mesh.supervise import events as sv
@@ -195,38 +193,11 @@ class BootsByTheSecond(Membership):
         super().__init__(facts, (incarnation >> BOOT_SHIFT) // 1000 << BOOT_SHIFT)
 
 
-class NeverRefutes(Membership):
-    """Whoever is called dead says nothing, and hearing somebody is no reason to believe that it lives."""
+class NeverJudgesSilence(Membership):
+    """Whoever says nothing may be asleep."""
 
-    def _rumour(self, sender: NodeId, node: NodeId, incarnation: int, state: str, now: float) -> None:
-        if node != self.id:
-            super()._rumour(sender, node, incarnation, state, now)
-
-    def _heard(self, node: NodeId, now: float) -> None:
-        peer = self._peers.get(node)
-        if peer is not None and peer.is_member:
-            super()._heard(node, now)
-
-
-class NeverSuspects(Membership):
-    """Silence means nothing."""
-
-    def _judge(self, peer: Any, now: float) -> None:
-        return
-
-
-class ForgivesTheExpelled(Membership):
-    """Whoever was thrown out is heard again like anybody else."""
-
-    def handle(self, event: mb.Event, now: float) -> list[mb.Effect]:
-        if isinstance(event, mb.Expelled):
-            return []
-        return super().handle(event, now)
-
-    def _part(self, node: NodeId, reason: str, now: float) -> None:
-        peer = self._peers.get(node)
-        if peer is not None and reason == "left":
-            self._move(peer, Sign.SILENT, now)
+    def __init__(self, facts: NodeFacts, incarnation: int) -> None:
+        super().__init__(facts, incarnation, stall_allowance=1e6)
 
 
 PLANTED: dict[str, Parts] = {
@@ -248,6 +219,5 @@ PLANTED: dict[str, Parts] = {
     "burn an invite in memory alone": Parts(book=BurnsInMemoryAlone),
     "forget the own boot": Parts(membership=ForgetsItsBoot),
     "count boots by the second": Parts(membership=BootsByTheSecond),
-    "do not refute suspicion": Parts(membership=NeverRefutes),
-    "do not judge silence": Parts(membership=NeverSuspects),
+    "do not judge silence": Parts(membership=NeverJudgesSilence),
 }

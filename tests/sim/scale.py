@@ -84,13 +84,14 @@ class Member:
         self._heap: list[tuple[float, int, NodeId, Event | None]] = []
         self._n = 0
         self._last: dict[NodeId, float] = {}
+        self._counts = False
         self._interval = 0.25 * max(1.0, n / 32)
         for peer, known in self.peers.items():
             self.feed(LinkUp(peer, known))
             self.feed(Received(peer, Rumour(peer, 1 << BOOT_SHIFT, "alive")))
             if peer < self.me.id:
                 self._push(self.rng.random() * self._interval, peer, None)
-        self.sent = self.bytes = 0
+        self._counts = True
         self.cpu = 0.0
 
     def feed(self, event: Event) -> list[Effect]:
@@ -136,6 +137,8 @@ class Member:
         self._push(self.now + max(0.01, self._interval - max(0.0, min(quiet, self._interval))), peer, None)
 
     def _send(self, peer: NodeId, message: Control) -> None:
+        if not self._counts:
+            return
         self.sent += 1
         self.bytes += len(encode(message))
         self._last[peer] = self.now + DELAY_S
