@@ -200,12 +200,20 @@ class Coordination:
         broken = following.broken(view)
         if broken and self._request is None:
             self._cause = broken
-            self._agenda.soon(self._retry_at if following.failure_counted else now)
+            self._agenda.soon(self._retry_at if following.failure_counted else self._missed_at(view, now))
         elif is_idle and following.epoch != NO_EPOCH and self.seen > following.epoch:
             self.gather(now)
         if self._request is None and self._agenda.is_due(now):
             return self._ask(view, signature, self.holds.held(now), now)
         return None
+
+    def _missed_at(self, view: View, now: float) -> float:
+        """When ring members that are not in count as lost: whom this node never met may still be on its way."""
+        lost = self._following.lost(view)
+        known = {gone.facts.id for gone in view.departed}
+        if lost and not self._following.downs and known.isdisjoint(lost):
+            return max(now, self._following.since + self._timing.start_settle)
+        return now
 
     def _note_change(self, view: View, signature: _Signature, now: float) -> None:
         noticed, self._noticed = self._noticed, signature
@@ -311,9 +319,7 @@ class Coordination:
             return keep
         # Whoever ran another one until now may finish what that has begun.
         drain_s = self._timing.drain
-        return Propose(
-            self._next_epoch(), keep.layout, keep.reason, self.excluded, lifts=keep.epoch, drain_s=drain_s
-        )
+        return Propose(self._next_epoch(), keep.layout, keep.reason, self.excluded, lifts=keep.epoch, drain_s=drain_s)
 
     def _next_epoch(self) -> Epoch:
         return Epoch(max(self.seen, self._following.epoch).number + 1, self._me)

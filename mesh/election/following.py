@@ -78,7 +78,7 @@ class Following:
     def time_to_drain(self, at_most: float, view: View, now: float) -> float:
         """For how many seconds what is followed may finish its requests if something else is followed now.
 
-        Only a layout that serves has any, or one that was left to its drain before; whatever is broken is not waited for.
+        Only a layout that serves has any, or one that was left to its drain before; what is broken is not waited for.
         """
         if self.broken(view):
             return 0.0

@@ -12,7 +12,8 @@ epoch they belong to, so what arrives late from an engine that was replaced is d
 
 A drain needs no word between nodes. A host sees every request that its llama-server answers, and stops it after the
 last one; a worker sees its host's connection end, for that reason or because the host died, and stops after it. Either
-has the time it was given, on its own clock. Whatever fails meanwhile ends the drain, and is no failure of the next epoch.
+has the time it was given, on its own clock. Whatever fails meanwhile ends the drain, and is no failure of the next
+epoch.
 """
 
 from __future__ import annotations

@@ -41,6 +41,10 @@ class _Carrier:
         """Bytes and connections per peer. ``up``: from our engine to the peer."""
         return self._traffic
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._carrying
+
     async def idle(self) -> None:
         """Return once nothing is carried."""
         while self._carrying:

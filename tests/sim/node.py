@@ -117,7 +117,10 @@ class Node:
         self.disk.record = record.started(self.wall())
         self.membership = parts.membership(self.facts, self.disk.record.boot << BOOT_SHIFT)
         self.election = parts.election(self.id, seen=record.epoch, jitter=world.rng.random())
-        self.members = SimPump(self.membership, self.carrier(self._membership_effect), mb.Tick, self)
+        self._view_is_old = False
+        self.members = SimPump(
+            self.membership, self.carrier(self._membership_effect), mb.Tick, self, after=self._tell_view
+        )
         self.electing = SimPump(self.election, self.carrier(self._election_effect), el.Tick, self)
         self.house = House(self, record)
         self.ingress = Ingress(self, Limits(hold_s=world.hold_s))
@@ -355,7 +358,14 @@ class Node:
                     self.world.lost(self, effect.node, effect.reason)
                     if effect.reason != "restarted":  # that one's link is the new process's
                         self.world.network.close(self.id, effect.node, "local")
-                self.electing.feed(el.ViewChanged(self.membership.view()))
+                self._view_is_old = True
+
+    def _tell_view(self) -> None:
+        """After all effects of a batch."""
+        is_dying = not self.is_running or (self.fuse is not None and self.fuse < 0)
+        if self._view_is_old and not is_dying:
+            self._view_is_old = False
+            self.electing.feed(el.ViewChanged(self.membership.view()))
 
     # -- election -> engine and proxy ----------------------------------------------------------------------------------
 
@@ -378,7 +388,7 @@ class Node:
                     self.engine.post(sv.MemberReady(share.id, self.engine_epoch(epoch)))
             case el.Served():
                 self.world.routed(self, effect)
-                self.ingress.serve(self.engine_epoch(effect.epoch), effect.host)
+                self.ingress.serve(self._launched, effect.host)
             case el.Unserved(reason, drain_s):
                 self.world.routed(self, effect)
                 self.ingress.unserve(reason, drain_s)

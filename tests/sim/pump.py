@@ -14,8 +14,15 @@ if TYPE_CHECKING:
 class SimPump(Pump):
     """Rings when the node's own clock says so; not while the node sleeps, and never after its end."""
 
-    def __init__(self, core: Core, carry_out: Callable[[Any], None], tick: Callable[[], Any], node: Node) -> None:
-        super().__init__(core, carry_out, tick, node)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        core: Core,
+        carry_out: Callable[[Any], None],
+        tick: Callable[[], Any],
+        node: Node,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(core, carry_out, tick, node, after)  # type: ignore[arg-type]
         self._node = node
         self._armed: float | None = None
 

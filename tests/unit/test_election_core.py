@@ -551,6 +551,18 @@ def test_requests_finish_before_a_leaver_goes_that_cannot_be_spared() -> None:
     assert "n1 is about to leave" in proposal.reason or "machine is about to leave" in proposal.reason
 
 
+def test_a_newcomer_that_leads_takes_nobody_for_lost_that_it_has_not_met_yet() -> None:
+    """A restarted node with the lowest id broke the ring that ran, for want of the links it was about to make."""
+    told = Told(0, 1)
+    effects = told.hear(1, propose(9, 1, 1, 2))
+    assert adopted(effects + told.wait(0.5)) == [Epoch(9, B)]
+    told.join(facts_of(2))
+    assert adopted(told.wait(10.0)) == []
+    told = Told(0, 1)
+    told.hear(1, propose(9, 1, 1, 2))
+    assert adopted(told.wait(1.1)) == [Epoch(10, A)], "who does not come is lost after all"
+
+
 def test_the_next_lowest_takes_over_when_the_coordinator_dies() -> None:
     told = serving(1, 0, 2)
     effects = told.lose(0)
