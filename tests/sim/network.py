@@ -10,7 +10,6 @@ from typing import Any
 
 from mesh.membership.dialer import DIAL_TIMEOUT_S, FIRST_RETRY_S, LAST_RETRY_S
 
-
 STANDSTILL = 50_000
 """Things done at one and the same moment."""
 

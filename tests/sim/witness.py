@@ -124,7 +124,7 @@ class Witness:
         self.lineage[node.id].add(effect.epoch)
         self.epoch_of[node.id] = effect.epoch
 
-    # -- S3, S4, S5: engines -------------------------------------------------------------------------------------------
+    # -- S3, S4, S5, S10: engines -------------------------------------------------------------------------------------------
 
     def carried(self, worker: Node, host: Process) -> None:
         """A worker let a host's tunnel in."""
@@ -146,7 +146,7 @@ class Witness:
     def turned_away(self, worker: Node, host: Process) -> None:
         """A host's tunnel is not let in."""
         if host.epoch in self.lineage[worker.id] and (worker.id, host.epoch) not in self.listening:
-            self.fail(f"S7: {host.node.id[0]} opens its tunnels before {worker.id[0]} ever listened")
+            self.fail(f"S10: {host.node.id[0]} opens its tunnels before {worker.id[0]} ever listened")
 
     def serves(self, node: Node, server: Process) -> None:
         """A token has come through ``server``'s ring."""
