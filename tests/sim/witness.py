@@ -124,7 +124,7 @@ class Witness:
         self.lineage[node.id].add(effect.epoch)
         self.epoch_of[node.id] = effect.epoch
 
-    # -- S3, S4, S5, S10: engines -------------------------------------------------------------------------------------------
+    # -- S3, S4, S5, S10: engines --------------------------------------------------------------------------------------
 
     def carried(self, worker: Node, host: Process) -> None:
         """A worker let a host's tunnel in."""
