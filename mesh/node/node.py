@@ -95,7 +95,7 @@ class Node:
     ) -> None:
         self.settings = settings
         self.key = key
-        self.record = record
+        self.record = record.started(clock.wall())
         self.view = view
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
@@ -105,7 +105,7 @@ class Node:
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
-        self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
+        self._membership = Membership(self.facts, self.record.boot << BOOT_SHIFT)
         spread = random.random()  # noqa: S311 - of retries
         timing = Timing(drain=settings.drain_s)
         self._election = Election(key.id, seen=record.epoch, jitter=spread, timing=timing)
@@ -205,6 +205,7 @@ class Node:
 
     async def start(self) -> None:
         """Sweep what an earlier run left behind, then begin to take part."""
+        self._ledger.write(self.record)
         swept = await self._runner.start()
         self._narrator.swept(len(swept))
         self._own.measure()
@@ -345,7 +346,8 @@ class Node:
             if served.host == self.key.id:
                 port = self._runner.http_port(self._engine_epoch(served.epoch))
                 return await self._under_way.open(port or 0)
-            return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
+            newest = self._election.epoch if self._election.covers(served.epoch) else served.epoch
+            return await self.links.open_bulk(served.host, OpenHttp(newest))
 
         # By the number it was started under: a layout that is only renumbered keeps its requests.
         self.proxy.serve(Route(self._launched, served.host, served.api_key, layout.model.name, open_engine))
