@@ -44,7 +44,7 @@ def prepare_engine(backend: str, view: View) -> Engine:
     Raises:
         EngineError: it cannot be built here, does not run, or sees no device.
     """
-    engine, listed = _best_built() if backend == "auto" else _asked_for(backend, view)
+    engine, listed = best_built() if backend == "auto" else _asked_for(backend, view)
     if engine is None:
         engine = find_engine("cpu") or _build("cpu", view)
         list_devices(engine)  # it runs, which a binary from another machine or a full disk may not
@@ -91,7 +91,8 @@ def choose(shown: Sequence[Shown], can_build: Callable[[str], bool]) -> tuple[st
     )
 
 
-def _best_built() -> tuple[Engine | None, tuple[Device, ...]]:
+def best_built() -> tuple[Engine | None, tuple[Device, ...]]:
+    """The best accelerated engine that is built and sees a device, with what it sees."""
     for name in ACCELERATED:
         engine = find_engine(name)
         if engine is None:
