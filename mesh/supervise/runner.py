@@ -20,6 +20,8 @@ from mesh.supervise.core import Deadlines, EngineCore, State
 from mesh.supervise.events import (
     AnnounceServing,
     Answered,
+    AwaitDrain,
+    Drained,
     Effect,
     EngineFailed,
     Event,
@@ -67,6 +69,7 @@ class WorkerSide(Protocol):
 
     on_connected: Callable[[Epoch], None]
 
+    async def idle(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -90,6 +93,10 @@ RpcCommand = Callable[[Layout, int, bytes, Mapping[NodeId, str]], Command]
 ServerCommand = Callable[[Layout, int, Sequence[str], bytes, str], Command]
 """``(layout, port, tunnel endpoints in ring order, secret, API key)`` to what starts llama-server."""
 Outgoing = WorkerReady | Serving | EngineDown | LoadProgress
+
+
+async def _at_once() -> None:
+    """Nobody asks our llama-server for anything."""
 
 
 @dataclass(slots=True)
@@ -116,6 +123,7 @@ class EngineRunner:
             as if received.
         make_secret: 32 random bytes, anew for each epoch and use.
         on_placed: told where the engine of this node says its weights are, once it can compute.
+        unused: returns once no request is under way on our llama-server.
     """
 
     def __init__(
@@ -137,8 +145,10 @@ class EngineRunner:
         probe: Callable[[int, str], Awaitable[None]] = first_token,
         environment: Mapping[str, str] | None = None,
         on_placed: Callable[[Epoch, Placement], None] = lambda epoch, placement: None,
+        unused: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         self._me = me
+        self._unused = unused
         self._core = EngineCore(me, deadlines)
         self._changed = asyncio.Event()
         self._pump = Pump(self._core, self._carry_out, Tick, clock, after=self._changed.set)
@@ -227,6 +237,10 @@ class EngineRunner:
         """Tell the core. Callable from callbacks it caused itself: events are handled one after another."""
         self._pump.feed(event)
 
+    async def idle(self) -> None:
+        """Return once no engine of ours runs, drains or stops."""
+        await self._until(lambda: self._core.state in (State.IDLE, State.CLOSED))
+
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()
@@ -239,6 +253,8 @@ class EngineRunner:
                     self._stopping = asyncio.ensure_future(self._stop_engine())
                 else:
                     self._kill_children()
+            case AwaitDrain(epoch, hosting):
+                self._step(epoch, self._await_drain(epoch, hosting))
             case StartRpcServer(epoch, layout):
                 self._step(epoch, self._start_rpc_server(epoch, layout))
             case OpenTunnels(epoch, workers):
@@ -296,6 +312,13 @@ class EngineRunner:
         await self._probe(self._ports[ProcessKind.SERVER], self._keys_of(epoch).api)
         self._on_placed(epoch, self._placements[ProcessKind.SERVER])
         self.post(Answered(epoch))
+
+    async def _await_drain(self, epoch: Epoch, hosting: bool) -> None:
+        if hosting:
+            await self._unused()
+        elif self._worker_side is not None:
+            await self._worker_side.idle()
+        self.post(Drained(epoch))
 
     async def _run(self, epoch: Epoch, kind: ProcessKind, command: Callable[[int], Command]) -> None:
         """Start a process, say that it listens, and stay until it ends."""
