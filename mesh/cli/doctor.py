@@ -13,6 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from mesh.cli.output import print_json, printable
 from mesh.cli.remote import call, get_status
@@ -33,12 +34,12 @@ _INDENT = 18
 def run(config: Path | None, as_json: bool, flags: dict[str, Any]) -> None:
     """Print every finding; exit 1 when one is a problem."""
     settings = load_settings({**flags, "role": "worker"}, config)
-    console = Console(stderr=True)
+    console = Console(highlight=False)
     with console.status("looking for the node") as status:
         if as_json or not console.is_terminal:
             status.stop()
         patient = _admit(Patient(settings))
-        show = (lambda finding: None) if as_json else (lambda finding: _show(finding, status))
+        show = (lambda finding: None) if as_json else (lambda finding: _show(finding, console))
         findings = asyncio.run(examine(patient, show, lambda names: _tell(status, names)))
     counts: Counter[Level] = Counter(finding.level for finding in findings)
     if as_json:
@@ -71,16 +72,17 @@ def _admit(patient: Patient) -> Patient:
     return replace(found, outfit=look(found.backend)) if found.computes else found
 
 
-def _show(finding: Finding, status: Status) -> None:
-    line = f"{finding.level:8}{finding.check:10}"
-    width = max(40, min(status.console.width, 110) - _INDENT)
+def _show(finding: Finding, console: Console) -> None:
+    # Through the console that has the moving line: what is printed beside it would run into it.
+    width = max(40, min(console.width, 110) - _INDENT)
     first, *more = _wrapped(finding.text, width)
-    click.secho(line[:8], fg=_COLOURS[finding.level], nl=False)
-    click.echo(f"{line[8:]}{first}")
+    head = Text(f"{finding.level:8}", _COLOURS[finding.level])
+    console.print(Text.assemble(head, f"{finding.check:10}{first}"), soft_wrap=True)
     for text in more:
-        click.echo(f"{'':{_INDENT}}{text}")
+        console.print(Text(f"{'':{_INDENT}}{text}"), soft_wrap=True)
     for remedy in printable(finding.remedy).splitlines():
-        click.secho(f"{'':{_INDENT}}> {remedy}", bold=True)  # a command stays one line, to be pasted
+        # A command stays one line, to be pasted.
+        console.print(Text(f"{'':{_INDENT}}> {remedy}", "bold"), soft_wrap=True)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

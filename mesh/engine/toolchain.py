@@ -89,7 +89,7 @@ def find_toolchain(backend: str) -> Toolchain:
         remedies.append(need.remedy)
     if missing or cmake is None or ninja is None:
         raise EngineError(
-            f"the engine cannot be built for {backend} here: missing {', '.join(missing)}",
+            f"the engine cannot be built for {backend} here: missing {'; '.join(missing)}",
             remedy="\n".join(dict.fromkeys(remedies)),
             code="toolchain",
         )

@@ -11,6 +11,7 @@ from mesh.engine.devices import list_devices, unused
 from mesh.engine.distribution import vulkan_driver_remedy
 from mesh.engine.needs import missing
 from mesh.engine.prune import mark_used
+from mesh.engine.toolchain import find_toolchain
 from mesh.errors import EngineError
 from mesh.hardware import Shown
 from mesh.hardware.power_supply import warnings
@@ -118,6 +119,7 @@ def _asked_for(backend: str, view: View) -> tuple[Engine, tuple[Device, ...]]:
 
 
 def _build(backend: str, view: View) -> Engine:
+    find_toolchain(backend)  # what is missing is said at once, not after a promise of minutes
     view.show(Notice("engine", f"not built yet for this machine ({backend}); this takes some minutes, once"))
     return build_engine(_Build(view), backend)
 
