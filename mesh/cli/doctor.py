@@ -66,8 +66,7 @@ def _admit(patient: Patient) -> Patient:
             status = get_status(running)
             checkup = call(running, "checkup", {}, CHECKUP_WITHIN_S)
     except MeshError as error:
-        silent = error.message
-        status = None
+        silent = error.message  # with a status: it answers, but not this; an older version perhaps
     found = replace(patient, running=running, status=status, checkup=checkup, silent=silent)
     return replace(found, outfit=look(found.backend)) if found.computes else found
 

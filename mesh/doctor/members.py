@@ -38,6 +38,13 @@ def check_node(patient: Patient) -> Iterator[Finding]:
             yield warning(NODE, "node-starting", f"running (pid {pid}); {why}", patient.command("logs -f"))
         return
     yield from judge_node(patient.status, pid, patient.command("plan"))
+    if patient.silent:
+        yield warning(
+            NODE,
+            "node-older",
+            f"the node tells nothing of its members and links: {patient.silent}",
+            f"{patient.command('down')} && {patient.command('up')}   (if mesh was updated since it was started)",
+        )
 
 
 def judge_node(status: Mapping[str, Any], pid: int, plan: str) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ class Patient:
         status: the contract's status; None unless the node answers.
         checkup: see :mod:`mesh.node.checkup`; None unless the node answers.
         outfit: its engine; None for a node that computes nothing.
-        silent: why a running node does not answer; empty when it does, or there is none.
+        silent: why a running node does not answer, or not all that is asked; empty when it does, or there is none.
     """
 
     settings: Settings

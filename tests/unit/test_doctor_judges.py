@@ -26,6 +26,7 @@ from mesh.doctor.ports import Owner, Port
 from mesh.engine.placement import Placement
 from mesh.errors import EngineError
 from mesh.hardware import Power
+from mesh.node.statedir import Running
 from mesh.wire.facts import Device
 
 GB = 10**9
@@ -204,6 +205,19 @@ def test_who_carries_nothing_is_told_with_the_plans_own_remedy() -> None:
 def test_a_node_that_does_not_serve_is_a_warning(state: str, level: str) -> None:
     (finding,) = members.judge_node({"mesh": {"state": state, "reason": "no model"}}, 7, "mesh plan")
     assert finding.level == level
+
+
+def test_a_node_of_an_older_version_is_told_to_be_started_again() -> None:
+    patient = Patient(
+        Settings(state_dir=Path("/s")),
+        Running(7, "", "http://127.0.0.1:1", ""),
+        {"mesh": {"state": "serving", "reason": ""}, "node": {"engine": {"backend": "cpu"}}},
+        silent="a node knows no call 'checkup'",
+    )
+    first, second = members.check_node(patient)
+    assert (first.level, second.code) == ("ok", "node-older")
+    assert "mesh down --state-dir /s && mesh up --state-dir /s" in second.remedy
+    assert list(members.check_links(patient)) == [] and list(members.check_peers(patient)) == []
 
 
 # -- NAT and ports ---------------------------------------------------------------------------------------------------
