@@ -95,6 +95,10 @@ def judge_excluded(peers: Sequence[Mapping[str, Any]], mine: Mapping[str, Any]) 
         why = peer["excluded"]
         if peer["state"] == "suspect":
             yield warning(PEERS, "suspect", f"{peer['name']} does not answer", f"on {peer['name']}:  mesh doctor")
+        elif peer["state"] == "left" and why in ("unreachable", "crashed"):
+            yield warning(
+                PEERS, "gone", f"{peer['name']} is gone: {why}", f"on {peer['name']}:  mesh up   (or mesh doctor)"
+            )
         elif why and peer["state"] == "alive" and peer["role"] != "client" and "cannot share a ring" not in why:
             text, _, remedy = why.partition("; ")
             yield warning(PEERS, "excluded", f"{peer['name']} {text}", remedy or f"on {peer['name']}:  mesh doctor")

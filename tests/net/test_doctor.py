@@ -439,8 +439,9 @@ def test_every_link_is_tried(clinic: Clinic) -> None:
     assert len(texts) == 1 and re.search(r"attic over (tcp|quic): \d+\.\d ms there and back, \d+ MB/s", texts[0])
     attic.signal(signal.SIGSTOP)
     try:
-        found = clinic.doctor(code=1)
-        assert "attic" in found["link-dead"]["text"] and "mesh doctor" in found["link-dead"]["remedy"]
+        found = clinic.doctor()  # it depends on when it looks: members are given up after some seconds
+        finding = next(found[code] for code in ("link-dead", "suspect", "gone") if code in found)
+        assert "attic" in finding["text"] and "mesh doctor" in finding["remedy"]
     finally:
         attic.signal(signal.SIGCONT)
 

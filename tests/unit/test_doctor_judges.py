@@ -191,14 +191,16 @@ def test_who_carries_nothing_is_told_with_the_plans_own_remedy() -> None:
     peers = [
         {"name": "attic", "state": "alive", "role": "standby", "excluded": why},
         {"name": "hall", "state": "suspect", "role": "worker", "excluded": None},
-        {"name": "gone", "state": "left", "role": "standby", "excluded": "crashed"},
+        {"name": "gone", "state": "left", "role": "standby", "excluded": "stopped by its owner"},
+        {"name": "cut", "state": "left", "role": "standby", "excluded": "unreachable"},
         {"name": "laptop", "state": "alive", "role": "client", "excluded": "is a lite client"},
         {"name": "old", "state": "alive", "role": "standby", "excluded": "runs engine 1: they cannot share a ring; x"},
     ]
-    first, second = members.judge_excluded(peers, member("me"))
+    first, second, third = members.judge_excluded(peers, member("me"))
     assert first.text == "attic has no copy of Qwen on its disk"
     assert first.remedy == "copy the file there, then:  mesh up --model"
     assert (second.code, second.remedy) == ("suspect", "on hall:  mesh doctor")
+    assert third.text == "cut is gone: unreachable"
 
 
 @pytest.mark.parametrize(("state", "level"), [("serving", "ok"), ("waiting", "warning"), ("electing", "warning")])
