@@ -13,7 +13,7 @@ from mesh.identity.grants import Roster, known_as
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey, node_id
 from mesh.membership.approvals import Approvals
-from mesh.membership.bulk import BulkLanes
+from mesh.membership.bulk import BulkLanes, Examined
 from mesh.membership.callbacks import Callbacks as Callbacks
 from mesh.membership.desk import Desk
 from mesh.membership.dialer import Dialer
@@ -171,6 +171,17 @@ class Links:
         if link is None:
             raise TransportError(f"node {peer} is not connected", code="not-connected")
         return await self._bulk.open(link, request, timeout)
+
+    async def examine(self, peer: NodeId) -> Examined:
+        """Test the link to ``peer``: its times, and the peer's clock.
+
+        Raises:
+            TransportError: not connected, or the link does not carry.
+        """
+        link = self._links.get(peer)
+        if link is None:
+            raise TransportError(f"node {peer} is not connected", code="not-connected")
+        return await self._bulk.examine(link)
 
     def learn(self, member: MemberAddress) -> None:
         """``member`` may be reached at these addresses: try soon."""

@@ -21,6 +21,7 @@ from mesh.config import Settings
 from mesh.election.coordinate import Timing
 from mesh.election.core import Election
 from mesh.engine.cache import Engine
+from mesh.engine.placement import Placement
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
 from mesh.membership.core import BOOT_SHIFT, Membership
@@ -66,6 +67,8 @@ from mesh.wire.messages import (
 log = logging.getLogger(__name__)
 
 REFRESH_S = 10.0
+RELIST_S = 60.0
+"""Between two times that an idle node's engine is asked for its devices: it is a process, and starts a driver."""
 """How often free memory is looked at again while nothing of ours is loaded, and the disk for a missing model."""
 
 
@@ -132,8 +135,10 @@ class Node:
             clock=clock,
             tell_host=self._rpc_server_listens,
             announce=self._engine_says,
+            on_placed=self._placed,
             unused=self._under_way.none,
         )
+        self._placed_on = ""
         self._launched: Epoch = NO_EPOCH
         """The number under which the engine was started; a layout may go on under newer ones."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -183,6 +188,16 @@ class Node:
         seen = self._membership.view()
         return build_status(self.facts, self.record.mesh, seen, self._election.status(), self.links.peers(), counts)
 
+    @property
+    def members(self) -> tuple[NodeFacts, ...]:
+        """What every member tells of itself, this node too."""
+        return tuple(self._membership.view().facts)
+
+    @property
+    def placed(self) -> str:
+        """Where this node's engine says its weights are; empty while none runs."""
+        return "" if self._runner.state is State.IDLE else self._placed_on
+
     def plan_now(self, trial: Trial) -> election.Planned:
         """What would be planned over the members of this moment; nothing is carried out."""
         seen = self._membership.view()
@@ -208,6 +223,7 @@ class Node:
         self._ledger.write(self.record)
         swept = await self._runner.start()
         self._narrator.swept(len(swept))
+        await asyncio.to_thread(self._own.list_devices)
         self._own.measure()
         self._members.feed(membership.FactsChanged(self.facts))
         self._electing.feed(election.ViewChanged(self._membership.view()))
@@ -382,6 +398,20 @@ class Node:
                 self.links.broadcast(message)
                 self._loading(message)
 
+    def _placed(self, epoch: Epoch, placement: Placement) -> None:
+        """The engine of this node says where its weights are: is that where the layout has them?"""
+        layout = self._runner.layout
+        share = None if layout is None else next((m for m in layout.ring if m.id == self.key.id), None)
+        if share is None:
+            return
+        really = placement.instead_of(share.device)
+        log.info("epoch %d: %s holds %s", epoch.number, share.name, placement)
+        self._placed_on = str(placement)
+        self._own.computes_on(really)
+        self._tell_facts()
+        if really:
+            self._narrator.misplaced(share, really)
+
     def _loading(self, message: LoadProgress) -> None:
         self._narrator.loading(message)
         if message.node != self.key.id:
@@ -412,10 +442,14 @@ class Node:
 
     async def _refresh(self) -> None:
         """Look at free memory while nothing of ours is in it, and tell when it has really changed; and at the disks."""
+        relist_at = self._clock.now() + RELIST_S
         while True:
             await asyncio.sleep(REFRESH_S)
             self._shelf.look_again()
             self._ledger.again()
+            if self._runner.state is State.IDLE and self._clock.now() >= relist_at:
+                relist_at = self._clock.now() + RELIST_S
+                await asyncio.to_thread(self._own.list_devices)
             if self._runner.state is State.IDLE and self._own.measure():
                 self._tell_facts()
 
