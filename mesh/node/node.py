@@ -320,7 +320,9 @@ class Node:
                 return await open_tcp("127.0.0.1", port or 0)
             return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
 
-        self.proxy.serve(Route(served.epoch, served.host, served.api_key, layout.model.name, open_engine))
+        model = layout.model
+        route = Route(served.epoch, served.host, served.api_key, model.name, open_engine, model.fingerprint)
+        self.proxy.serve(route)
         self._narrator.served(layout)
 
     def _unserve(self, reason: str) -> None:

@@ -1,12 +1,13 @@
 """What becomes of each request while layouts come and go. Pure: events and the time come in, effects go out.
 
     HELD ----Served----> ASKED ----Began----> STREAMING ----Completed----> (done)
-     ^  \\                  |  \\__Completed___________________________________^
-     |   deadline: Fail    |Lost                 |Lost
-     |_____________________|   replay            |--> Fail, or HELD again when the transcript can be continued (resume)
+     ^  \\                | |  \\__Completed___________________________________^
+     |   deadline: Fail  | |Refused: Fail        |
+     |___________________|Lost: replay           |Lost
+     |___________________________________________|  resume, when the transcript can be continued; else Fail
 
 A request leaves when it is completed, failed, or its client departed. The ingress holds what it needs to ask again: the
-request's body, and of a stream the transcript.
+request's body, and of a stream the transcript. A stream that began goes only to an engine with the very same model.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from mesh.proxy.events import (
     Fail,
     Loss,
     Lost,
+    Refused,
     RequestEvent,
     RequestId,
     Served,
+    Spoiled,
     Stopped,
     Tick,
     Unserved,
@@ -49,7 +52,8 @@ class Limits:
         hold_s: how long a request waits for a layout, anew after each answer that was cut short.
         max_held: waiting requests; one more is refused.
         comfort_after_s, comfort_every_s: when a waiting stream first hears of it, and then how often.
-        max_losses: engines one request may outlive. A request that kills every engine it meets must end some day.
+        max_losses: engines one request may outlive without progress. One that kills every engine it meets must end some
+            day.
         retry_delays_s: pauses between tries on one and the same layout; the last repeats.
         retry_after_s: told to clients that were refused.
     """
@@ -100,6 +104,10 @@ class _Request:
     tries: int = 0
     """On the layout of ``epoch``."""
     losses: int = 0
+    fruitless: int = 0
+    """Losses since the client last got something."""
+    asked_of: _Route | None = None
+    """The layout of the newest attempt; of a begun stream, one with the model it began with."""
     begun: bool = False
     resumable: bool = False
     reason: str = ""
@@ -109,6 +117,10 @@ class _Request:
 class _Route:
     epoch: Epoch
     model_name: str
+    fingerprint: str
+
+    def has_model_of(self, other: _Route) -> bool:
+        return (self.model_name, self.fingerprint) == (other.model_name, other.fingerprint)
 
 
 @dataclass(slots=True)
@@ -155,7 +167,7 @@ class Core:
     # -- layouts -----------------------------------------------------------------------------------------------------
 
     def _serve(self, event: Served, now: float) -> list[Effect]:
-        self._route = _Route(event.epoch, event.model_name)
+        self._route = _Route(event.epoch, event.model_name, event.fingerprint)
         self._drain_until = None
         effects: list[Effect] = []
         for request in self._under_way():
@@ -234,7 +246,16 @@ class Core:
         request.phase = Phase.STREAMING
         request.begun = True
         request.resumable = event.resumable
+        request.fruitless = 0
         return []
+
+    def _spoil(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
+        request.resumable = False
+        return []
+
+    def _refuse(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
+        assert isinstance(event, Refused)
+        return self._fail(request, failure.cannot_resume(event.reason))
 
     def _complete(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         del self._requests[request.id]
@@ -252,11 +273,12 @@ class Core:
         request.reason = reason
         if loss is Loss.BROKEN:
             request.losses += 1
+            request.fruitless += 1
             # The engine had taken the request: the next wait is a new one.
             request.deadline = now + request.patience_s
         if request.begun and not request.resumable:
             return self._fail(request, failure.stream_interrupted(reason))
-        if request.losses > self.limits.max_losses:
+        if request.fruitless > self.limits.max_losses:
             return self._fail(request, failure.engine_lost(request.losses, reason))
         delays = self.limits.retry_delays_s
         request.phase = Phase.HELD
@@ -272,6 +294,9 @@ class Core:
         assert self._route is not None
         if not means(request.model, self._route.model_name):
             return self._fail(request, failure.model_not_found(request.model or "", self._route.model_name))
+        if request.begun and request.asked_of is not None and not self._route.has_model_of(request.asked_of):
+            return self._fail(request, failure.cannot_resume(f'the mesh serves "{self._route.model_name}" now'))
+        request.asked_of = self._route
         request.phase = Phase.ASKED
         request.attempt += 1
         request.epoch = self._route.epoch
@@ -325,8 +350,10 @@ _TRANSITIONS: dict[tuple[Phase, type], _Step] = {
     (Phase.ASKED, Began): Core._begin,
     (Phase.ASKED, Completed): Core._complete,
     (Phase.ASKED, Lost): Core._lost,
+    (Phase.ASKED, Refused): Core._refuse,
     (Phase.STREAMING, Departed): Core._depart,
     (Phase.STREAMING, Completed): Core._complete,
     (Phase.STREAMING, Lost): Core._lost,
+    (Phase.STREAMING, Spoiled): Core._spoil,
 }
 """What is not here is a bug, and raises."""

@@ -6,6 +6,7 @@ import asyncio
 import socket
 
 from mesh.errors import TransportError
+from mesh.transport.lane import Sink
 
 
 class TcpStream:
@@ -38,6 +39,12 @@ class TcpStream:
             await self._writer.drain()
         except (OSError, RuntimeError) as error:
             raise TransportError(f"the connection broke: {error}") from error
+
+    def write_now(self, data: bytes) -> bool:
+        return False
+
+    def pass_to(self, sink: Sink | None) -> None:
+        """HTTP is read by its parser alone."""
 
     async def write_eof(self) -> None:
         if self._writer.can_write_eof() and not self._writer.transport.is_closing():
