@@ -214,14 +214,7 @@ def time_out(mesh: ClientMesh, node: MeshNode, computing: Callable[[], None]) ->
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(
-    "leave",
-    [
-        leave_openai_stream,
-        leave_anthropic_stream,
-        pytest.param(time_out, marks=pytest.mark.xfail(reason="the engine looks for its client too seldom")),
-    ],
-)
+@pytest.mark.parametrize("leave", [leave_openai_stream, leave_anthropic_stream, time_out])
 def test_a_client_that_goes_away_frees_its_slot_within_a_second(
     mesh: ClientMesh, place: str, leave: Callable[[ClientMesh, MeshNode, Callable[[], None]], None]
 ) -> None:
