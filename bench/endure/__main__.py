@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.endure import questions, throughput
-from bench.endure.asking import Clients
+from bench.endure.asking import Clients, Outcome
 from bench.endure.forms import Refused, Wrong
 from bench.endure.throughput import Aggregate
 from bench.endure.verdicts import Endured, fault_table, hit, kind_table, verdicts
-from bench.endure.weather import MACHINES, WEATHERS, Happened, Mesh, blow
+from bench.endure.weather import MACHINES, WEATHERS, Happened, Mesh, Patience, blow
 from bench.lab import Lab, LabError, lab_available
 from bench.measure import BenchError
 from bench.meshnode import MeshNodeError
@@ -45,9 +45,16 @@ from bench.verdicts import Verdict, verdict_table
 from mesh.engine.pin import engine_pin
 from mesh.errors import MeshError
 
-QUICK_REQUESTS = 60
+QUICK_REQUESTS, QUICK_TIMES, QUICK_WHOLE_S = 60, 4, 20.0
 EVERY_S, QUICK_EVERY_S = (10.0, 20.0), (5.0, 8.0)
 THREADS, CTX_SIZE = 1, 2048
+
+
+def complain(outcome: Outcome) -> None:
+    """Say at once what is wrong with an answer: a run takes long."""
+    for fault in outcome.faults:
+        what = f"{fault.began_s:7.1f} to {fault.ended_s:.1f} s at {fault.node}, {outcome.request.words}"
+        print(f"  {fault.fate.value}: {what}: {fault.why}", file=sys.stderr, flush=True)
 
 
 def endure(task: Task, weather: str, options: argparse.Namespace) -> Endured:
@@ -66,15 +73,15 @@ def endure(task: Task, weather: str, options: argparse.Namespace) -> Endured:
             mesh.start(members)
             at = [{name: stack.enter_context(lab.client(name)) for name in MACHINES} for _ in range(options.clients)]
             homes = [MACHINES[number % len(MACHINES)] for number in range(options.clients)]
-            clients = Clients(list(zip(homes, at, strict=True)), mesh.urls, asked, reference, mesh.roster, options.seed)
+            places = list(zip(homes, at, strict=True))
+            clients = Clients(places, mesh.urls, asked, reference, mesh.roster, options.seed, complain)
 
             def say(happened: Happened) -> None:
-                done, bad = len(clients.outcomes), sum(len(outcome.faults) for outcome in clients.outcomes)
                 what = f"{happened.at_s:7.1f} s  {happened.deed}: {happened.machine} ({happened.role})"
-                print(f"{what}; {done} requests, {bad} bad", file=sys.stderr, flush=True)
+                print(f"{what}; {len(clients.outcomes)} requests", file=sys.stderr, flush=True)
 
             clients.start()
-            endured.happened = blow(mesh, blows, options.seed, options.every, clients.wait, say)
+            endured.happened = blow(mesh, blows, options.seed, options.every, clients.wait, say, options.patience)
             endured.outcomes = clients.outcomes
             endured.whole_s = mesh.whole(options.within)
         finally:
@@ -95,7 +102,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--link", default="lan", metavar="NAME|SPEC", help="between any two machines")
     add("--model", default="demo", metavar="demo|mid|PATH")
     add("--parallel", type=int, default=4, metavar="N", help="slots of the engine")
-    add("--quick", action="store_true", help=f"{QUICK_REQUESTS} short requests, more happens, no throughput")
+    add(
+        "--quick", action="store_true", help=f"{QUICK_REQUESTS} short requests, {QUICK_TIMES} happenings, no throughput"
+    )
     add("--no-throughput", action="store_true", help="leave out the eight streams")
     add("--only-throughput", action="store_true", help="nothing else")
     add("--throughput-model", default="mid", metavar="demo|mid|PATH")
@@ -115,6 +124,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("at least one request, one client and one pair")
     options.lengths = questions.QUICK_LENGTHS if options.quick else questions.LENGTHS
     options.prompts = questions.PROMPTS[: 2 if options.quick else None]
+    options.patience = Patience(QUICK_TIMES, QUICK_WHOLE_S) if options.quick else None
     if options.quick:
         options.requests, options.no_throughput = min(options.requests, QUICK_REQUESTS), True
     options.every = tuple(options.every or (QUICK_EVERY_S if options.quick else EVERY_S))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -89,8 +89,10 @@ class Clients:
         reference: Reference,
         roster: Roster,
         seed: int,
+        say: Callable[[Outcome], None],
     ) -> None:
         self.outcomes: list[Outcome] = []
+        self._say = say
         self._urls, self._reference, self._roster = urls, reference, roster
         self._questions: Iterator[Request] = iter(questions)
         self._lock = threading.Lock()
@@ -104,8 +106,8 @@ class Clients:
             thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Whether every question has its answer, after waiting so long for it."""
-        deadline = time.monotonic() + seconds
+        """Whether every question has its answer, after waiting so long for it; for ever, if need be."""
+        deadline = time.monotonic() + min(seconds, 1e6)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
@@ -120,6 +122,7 @@ class Clients:
             outcome = self._ask(request, home, at, chance)
             with self._lock:
                 self.outcomes.append(outcome)
+            self._say(outcome)
 
     def _ask(self, request: Request, home: str, at: Mapping[str, httpx.Client], chance: random.Random) -> Outcome:
         # Whoever sits at a machine that is off does not ask there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -28,7 +29,6 @@ class Happened:
 
     Args:
         role: what the machine was, ``host``, ``worker`` or ``newcomer``.
-        serving_s: from then until the mesh served again with everybody who was left; None: nobody looked.
     """
 
     at_s: float
@@ -190,6 +190,14 @@ WEATHERS: dict[str, tuple[Weather, int]] = {"kills": (kills, 4), "joins": (joins
 """Each with how many machines there are at first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """For a machine that is busy with other things: only so many times, and each when the mesh is whole again."""
+
+    times: int
+    whole_within_s: float
+
+
 def blow(
     mesh: Mesh,
     weather: Weather,
@@ -197,6 +205,7 @@ def blow(
     every_s: tuple[float, float],
     done: Callable[[float], bool],
     say: Callable[[Happened], None],
+    patience: Patience | None = None,
 ) -> list[Happened]:
     """Let it happen again and again, from the beginning of one to that of the next so many seconds.
 
@@ -214,6 +223,11 @@ def blow(
             continue
         happened.append(found)
         say(found)
+        if patience is not None:
+            mesh.whole(patience.whole_within_s)
+            due = max(due, mesh.roster.now())
+            if len(happened) == patience.times:
+                due = math.inf
     return happened
 
 
