@@ -33,10 +33,11 @@ from mesh.node.prepare import LocalModel
 from mesh.node.record import Record, save_record
 from mesh.node.shelf import Shelf
 from mesh.node.statedir import command_for
-from mesh.node.status import Counts, build_status
+from mesh.node.status import Counts, build_status, gauges_in
 from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
 from mesh.proxy.ingress import Proxy
+from mesh.proxy.metrics import NodeGauges
 from mesh.proxy.tcp import open_tcp
 from mesh.proxy.upstream import Route
 from mesh.pump import Pump
@@ -129,6 +130,8 @@ class Node:
         )
         self._launched: Epoch = NO_EPOCH
         """The number under which the engine was started; a layout may go on under newer ones."""
+        self._starts = 0
+        self.proxy.metrics.node = self.gauges
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self.on_expelled: Callable[[str], None] = lambda reason: None
@@ -175,6 +178,10 @@ class Node:
         counts = Counts(counted.active, counted.held, counted.completed, counted.resumed, counted.failed)
         seen = self._membership.view()
         return build_status(self.facts, self.record.mesh, seen, self._election.status(), self.links.peers(), counts)
+
+    def gauges(self) -> NodeGauges:
+        """What Prometheus is told of the mesh, besides requests."""
+        return gauges_in(self.status(), self._starts)
 
     def plan_now(self, trial: Trial) -> election.Planned:
         """What would be planned over the members of this moment; nothing is carried out."""
@@ -307,6 +314,8 @@ class Node:
         if adopt.lifts != NO_EPOCH:
             return  # the same layout under a new number: what runs goes on
         self._launched = adopt.epoch
+        if adopt.layout is not None:
+            self._starts += 1
         self._unserve(adopt.reason or "the engine is starting")
         self._runner.post(supervise.Adopt(adopt.epoch, adopt.layout))
 

@@ -109,6 +109,8 @@ class _Request:
     asked_of: _Route | None = None
     """The layout of the newest attempt; of a begun stream, one with the model it began with."""
     begun: bool = False
+    promised: bool = False
+    """The head of an event stream has gone out."""
     resumable: bool = False
     reason: str = ""
 
@@ -154,7 +156,7 @@ class Core:
 
     def next_timer(self) -> float | None:
         """When :class:`Tick` is due."""
-        times = [t for request in self._requests.values() if request.phase is Phase.HELD for t in self._timers(request)]
+        times = [time for request in self._requests.values() for time in self._timers(request)]
         if self._drain_until is not None:
             times.append(self._drain_until)
         return min(times, default=None)
@@ -244,7 +246,7 @@ class Core:
     def _begin(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         assert isinstance(event, Began)
         request.phase = Phase.STREAMING
-        request.begun = True
+        request.begun = request.promised = True
         request.resumable = event.resumable
         request.fruitless = 0
         return []
@@ -318,10 +320,19 @@ class Core:
                 effects += self._expire(request, now)
             elif self._route is not None and now >= request.retry_at:
                 effects += self._dispatch(request, now)
-            elif request.streams and now >= request.comfort_at:
-                request.comfort_at = now + self.limits.comfort_every_s
-                effects.append(Comfort(request.id))
+            else:
+                effects += self._comfort(request, now)
+        for request in self._requests.values():
+            if request.phase is Phase.ASKED and request.promised:
+                effects += self._comfort(request, now)
         return effects
+
+    def _comfort(self, request: _Request, now: float) -> list[Effect]:
+        if not request.streams or now < request.comfort_at:
+            return []
+        request.comfort_at = now + self.limits.comfort_every_s
+        request.promised = True
+        return [Comfort(request.id)]
 
     def _expire(self, request: _Request, now: float) -> list[Effect]:
         reason = self._reason if self._route is None else f"the engine does not answer: {request.reason}"
@@ -329,6 +340,10 @@ class Core:
         return self._fail(request, failure.not_serving(reason, waited_s, self.limits.retry_after_s))
 
     def _timers(self, request: _Request) -> list[float]:
+        if request.phase is not Phase.HELD:
+            # An engine that goes on with an answer computes it again first, in silence.
+            comforted = request.phase is Phase.ASKED and request.promised and request.streams
+            return [request.comfort_at] if comforted else []
         times = [request.deadline]
         if request.streams:
             times.append(request.comfort_at)

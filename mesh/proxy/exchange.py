@@ -31,7 +31,7 @@ from mesh.proxy.events import (
 from mesh.proxy.metrics import StreamTimes
 from mesh.proxy.origin import Origin
 from mesh.proxy.reply import ClientGone, Reply
-from mesh.proxy.resume import RESUME_HEADER, closing_mark, may_be_wrapped, wrap
+from mesh.proxy.resume import RESUME_HEADER, may_be_wrapped, wrap
 from mesh.proxy.transcript import TOKEN_BYTES, Portion, Transcript
 from mesh.proxy.upstream import Answer, Headers, Upstream, UpstreamLost
 
@@ -157,13 +157,12 @@ class Exchange:
             await self._ask(order)
         except UpstreamLost as lost:
             self._times.lost()
-            if await self._close(order):
+            if self._is_over():
+                await self._finish(order, self._reply.end)
                 return
             self._hub.tell(Lost(self.id, order.attempt, lost.loss, lost.message))
 
     async def _ask(self, order: Dispatch) -> None:
-        if order.resume and await self._close(order):
-            return
         upstream = self._hub.upstream_of(order)
         if upstream is None:
             raise UpstreamLost(Loss.UNREACHED, "the layout is gone")
@@ -180,28 +179,19 @@ class Exchange:
                 say_last = await self._pass_events(order, answer)
             else:
                 say_last = await self._pass_whole(order, answer)
-        if say_last is None:
-            return
+        if say_last is not None:
+            await self._finish(order, say_last)
+
+    async def _finish(self, order: Dispatch, say_last: _Say) -> None:
         self._hub.tell(Completed(self.id, order.attempt))
         await say_last()
         self._times.done()
         self._mail.put_nowait(_Sign.DELIVERED)
 
-    async def _close(self, order: Dispatch) -> bool:
-        """End a stream of which the client has everything but the end mark: no engine is needed for that."""
-        dialect, transcript = self.ask.dialect, self._transcript
-        if not transcript.last:
-            return False
-        mark = b"" if dialect.has_end_mark and dialect.is_end(transcript.last) else None
-        if mark is None:
-            mark = closing_mark(dialect, self.ask.body, transcript)
-        if mark is None:
-            return False
-        self._hub.tell(Completed(self.id, order.attempt))
-        await self._reply.end(mark)
-        self._times.done()
-        self._mail.put_nowait(_Sign.DELIVERED)
-        return True
+    def _is_over(self) -> bool:
+        """The client has the end mark: what the engine owed after it was the end of its HTTP."""
+        dialect, last = self.ask.dialect, self._transcript.last
+        return dialect.has_end_mark and last != b"" and dialect.is_end(last)
 
     async def _pass_events(self, order: Dispatch, answer: Answer) -> _Say | None:
         transcript = self._transcript
@@ -247,6 +237,8 @@ class Exchange:
             body = b"".join(held)
             if answer.status == 503 and len(body) < _MAX_LOADING_BODY and b"oading model" in body:
                 raise UpstreamLost(Loss.LOADING, "the engine is loading the model")
+            if self._transcript.choices and answer.status >= 500:
+                raise UpstreamLost(Loss.BROKEN, f"the engine answered {answer.status}: {error_message(body)}")
             if self._transcript.choices:
                 self._hub.tell(Refused(self.id, order.attempt, error_message(body)))
                 return None

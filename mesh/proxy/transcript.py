@@ -4,7 +4,7 @@ Only whole groups of blocks go to the client: whatever follows a loss (the conti
 lands in the middle of one, and the tokens that are recorded are those whose text the client has, no more and no fewer.
 
 The engine says by a *trace*, a comment line at the head of a group's first block, which tokens the group brings a
-choice up to: ``: mesh CHOICE BLOCKS TOKEN TOKEN ...``. Traces are for us and are cut out; nothing else is changed.
+choice up to: ``: mesh CHOICE BLOCKS TOKEN TOKEN ... [end]``. Traces are ours and are cut out; nothing else is changed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,25 @@ MAX_GROUP_BLOCKS = 4096
 TOKEN_BYTES = 12
 """What a token costs here: four bytes kept, and up to eight more while the engine is asked to go on."""
 
-_MAX_CLOSING_BYTES = 64 << 10
 _TRACE = b": mesh "
 _BOUNDARY = re.compile(rb"\n\r?\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """One group: the ids it brings its choice up to (none where a choice merely begins), and its blocks."""
+    """One group: the ids it brings its choice up to (none where a choice merely begins). ``ends``: it is the last."""
 
     choice: int
     tokens: Sequence[int]
-    blocks: bytes
+    ends: bool = False
+
+
+@dataclass(slots=True)
+class Said:
+    """What the client has of one choice. ``ended``: nothing more belongs to it."""
+
+    tokens: array[int] = field(default_factory=lambda: array("I"))
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,7 @@ class Portion:
 class _Group:
     """One engine result's blocks, not all of them here yet."""
 
-    choice: int = 0
-    tokens: Sequence[int] = ()
+    trace: Traced = Traced(0, ())
     missing: int = 0
     data: bytearray = field(default_factory=bytearray)
     last: bytes = b""
@@ -71,8 +77,7 @@ class Transcript:
         self._waiting = bytearray()
         self._scanned = 0
         self._group = _Group()
-        self._choices: dict[int, array[int]] = {}
-        self._closings: dict[int, bytes] = {}
+        self._choices: dict[int, Said] = {}
         self._traced = False
         self.cut_inside = False
         """Part of a block has gone out, and its end has not."""
@@ -88,14 +93,9 @@ class Transcript:
         return self._traced and not self.spoiled
 
     @property
-    def choices(self) -> list[array[int] | None]:
-        """Token ids that the client has the text of, by choice; None for a choice of which it has nothing."""
+    def choices(self) -> list[Said | None]:
+        """What the client has, by choice; None for a choice of which it has nothing."""
         return [self._choices.get(index) for index in range(max(self._choices, default=-1) + 1)]
-
-    @property
-    def closings(self) -> list[bytes]:
-        """The newest delivered group of each choice: its last, if the choice is at its end. Long ones are not kept."""
-        return list(self._closings.values())
 
     def feed(self, data: bytes) -> Portion:
         """The whole groups that ``data`` completes. Tell :meth:`deliver` when the client has them."""
@@ -120,8 +120,9 @@ class Transcript:
             if group.choice >= MAX_CHOICES or self.n_tokens + len(group.tokens) > MAX_TOKENS:
                 self.spoiled = True
                 break
-            self._choices.setdefault(group.choice, array("I")).extend(group.tokens)
-            self._closings[group.choice] = group.blocks if len(group.blocks) <= _MAX_CLOSING_BYTES else b""
+            said = self._choices.setdefault(group.choice, Said())
+            said.tokens.extend(group.tokens)
+            said.ended = said.ended or group.ends
             fresh += len(group.tokens)
             self.n_tokens += len(group.tokens)
         self.last = portion.last or self.last
@@ -161,14 +162,16 @@ class Transcript:
     def _release(self, out: _Ready) -> None:
         group, self._group = self._group, _Group()
         out.data += group.data
-        out.traced.append(Traced(group.choice, group.tokens, bytes(group.data)))
+        out.traced.append(group.trace)
         out.last = group.last or out.last
 
     def _begin_group(self, block: bytes) -> bytes:
         """The block without its trace."""
         line, _, rest = block.partition(b"\n")
         try:
-            choice, blocks, *tokens = map(int, line[len(_TRACE) :].split())
+            words = line[len(_TRACE) :].split()
+            ends = words[-1:] == [b"end"]
+            choice, blocks, *tokens = map(int, words[:-1] if ends else words)
             understood = choice >= 0 and 0 < blocks <= MAX_GROUP_BLOCKS
             ids = array("I", tokens)
         except (ValueError, OverflowError):
@@ -177,7 +180,7 @@ class Transcript:
             self.spoiled = True
             return rest
         self._traced = True
-        self._group = _Group(choice, ids, blocks)
+        self._group = _Group(Traced(choice, ids, ends), blocks)
         return rest if rest.strip() else b""
 
     def _let_go(self, out: _Ready) -> None:

@@ -19,6 +19,7 @@ from mesh.proxy.tcp import TcpStream
 from mesh.transport.lane import Stream
 
 KEY = "engine-key"
+METRICS = b"# HELP llamacpp:prompt_tokens_total Prompt tokens.\nllamacpp:prompt_tokens_total 7\n"
 LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
 
 
@@ -41,6 +42,7 @@ class FakeEngine:
         words: what it generates.
         step: when set, each word waits for one ``release()`` of it.
         break_after: cut the connection after so many words of a stream, or before an answer that is not one (0).
+        dies_after: the same, counted from where each stream begins or is continued.
         break_at: cut the connection after so many bytes of a stream's events.
         end_after: end the stream in good order after so many words, but without its end mark.
         blocks: of how many blocks a word's group consists.
@@ -57,6 +59,7 @@ class FakeEngine:
     words: list[str] = field(default_factory=lambda: ["one ", "two ", "three "])
     step: asyncio.Semaphore | None = None
     break_after: int | None = None
+    dies_after: int | None = None
     break_at: int | None = None
     end_after: int | None = None
     error_after: int | None = None
@@ -185,14 +188,16 @@ class FakeEngine:
         given: list[int] = []
         if "x-mesh-resume" in seen.headers:
             if self.refuses:
-                problem = {"message": "not this one", "type": "invalid_request_error", "code": "cannot_resume"}
+                problem = {"message": "not this one", "type": "cannot_resume", "code": 409}
                 await _send_json(connection, stream, 409, {"error": problem})
                 return
-            given = [0 if choice is None else 1 + len(choice["tokens"]) for choice in ask["choices"]]
+            given = [0 if one is None else 1 + len(one["tokens"]) + one["end"] for one in ask["choices"]]
             for choice in filter(None, ask["choices"]):
                 assert choice["tokens"] == [token_of(n) for n in range(len(choice["tokens"]))], "what the client has"
             ask = ask["body"]
-        if ask.get("bad"):
+        if path == "/metrics":
+            await _send(connection, stream, 200, METRICS, "text/plain; version=0.0.4")
+        elif ask.get("bad"):
             await _send_json(connection, stream, 400, {"error": {"message": "bad\nfield", "code": 400}})
         elif ask.get("stream") is True:
             traces = self.traces and "x-mesh-request" in seen.headers
@@ -236,11 +241,12 @@ class FakeEngine:
                 raise ConnectionResetError("cut, as asked")
 
         sent = max(0, *given, 1) - 1 if given else 0
+        dies_at = self.break_after if self.dies_after is None else sent + self.dies_after
         for choice in range(self.choices):
             if not (given[choice] if choice < len(given) else 0):
                 await say(self._group(path, choice, preamble(path), [], traces))
         async for word in self._generate(sent):
-            if self.break_after == sent:
+            if dies_at == sent:
                 # Half an event, then nothing: the worst place to be cut.
                 half = self._group(path, 0, self._said(path, word), [token_of(sent)], traces)
                 await say(half[: len(half) - 5])
@@ -257,18 +263,24 @@ class FakeEngine:
             sent += 1
         if self.end_after != sent and self.error_after != sent:
             for choice in range(self.choices):
-                await say(self._group(path, choice, closing(path), [], traces))
+                if (given[choice] if choice < len(given) else 0) < 2 + sent:
+                    await say(self._group(path, choice, closing(path), [], traces, ends=True))
             await say(end(path))
         await stream.write(head + (connection.send(h11.EndOfMessage()) or b""))
 
     def _said(self, path: str, word: str) -> bytes:
         return chunk(path, word) + b"".join(chunk(path, "") for _ in range(self.blocks - 1))
 
-    def _group(self, path: str, choice: int, blocks: bytes, tokens: list[int], traces: bool) -> bytes:
+    def _group(
+        self, path: str, choice: int, blocks: bytes, tokens: list[int], traces: bool, *, ends: bool = False
+    ) -> bytes:
         if not blocks or not traces:
             return blocks
-        trace = " ".join(map(str, [choice, blocks.count(b"\n\n"), *tokens]))
+        trace = " ".join(map(str, [choice, blocks.count(b"\n\n"), *tokens, *(["end"] if ends else [])]))
         return f": mesh {trace}\n".encode() + blocks
+
+
+_NATIVE = frozenset({"/completion", "/completions", "/infill"})
 
 
 def token_of(place: int) -> int:
@@ -280,16 +292,16 @@ def preamble(path: str) -> bytes:
     """What comes before the first word."""
     if path == "/v1/messages":
         return b'event: message_start\ndata: {"type":"message_start"}\n\n'
-    if path == "/v1/responses":
+    if path.endswith("/responses"):
         return b"event: response.created\ndata: {}\n\nevent: response.in_progress\ndata: {}\n\n"
-    if path == "/v1/chat/completions":
+    if path.endswith("/chat/completions"):
         return b'data: {"choices":[{"delta":{"role":"assistant"},"finish_reason":null}]}\n\n'
     return b""
 
 
 def closing(path: str) -> bytes:
     """The last group, where the end mark is not part of it."""
-    if path in ("/v1/chat/completions", "/v1/completions"):
+    if path.endswith("/completions") and path not in _NATIVE:
         usage = b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n'
         return b'data: {"choices":[{"text":"","finish_reason":"stop"}]}\n\n' + usage
     return b""
@@ -297,22 +309,22 @@ def closing(path: str) -> bytes:
 
 def chunk(path: str, word: str) -> bytes:
     """The event that carries ``word``."""
-    if path == "/v1/responses":
+    if path.endswith("/responses"):
         return b"event: response.output_text.delta\ndata: " + json.dumps({"delta": word}).encode() + b"\n\n"
     if path == "/v1/messages":
         return b"event: content_block_delta\ndata: " + json.dumps({"delta": {"text": word}}).encode() + b"\n\n"
-    if path == "/completion":
+    if path in _NATIVE:
         return b"data: " + json.dumps({"content": word, "stop": False}, separators=(",", ":")).encode() + b"\n\n"
     return b"data: " + json.dumps({"choices": [{"text": word}]}).encode() + b"\n\n"
 
 
 def end(path: str) -> bytes:
     """What says that a stream is complete."""
-    if path == "/v1/responses":
+    if path.endswith("/responses"):
         return b"event: response.completed\ndata: {}\n\n"
     if path == "/v1/messages":
         return b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
-    if path == "/completion":
+    if path in _NATIVE:
         return b'data: {"content":"","stop":true}\n\n'
     return b"data: [DONE]\n\n"
 
@@ -334,8 +346,13 @@ async def _hangup(stream: Stream) -> bytes:
 async def _send_json(
     connection: h11.Connection, stream: Stream, status: int, value: object, *, cut: bool = False
 ) -> None:
-    body = json.dumps(value).encode()
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Engine", "fake")]
+    await _send(connection, stream, status, json.dumps(value).encode(), "application/json", cut=cut)
+
+
+async def _send(
+    connection: h11.Connection, stream: Stream, status: int, body: bytes, kind: str, *, cut: bool = False
+) -> None:
+    headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("X-Engine", "fake")]
     head = connection.send(h11.Response(status_code=status, headers=headers)) or b""
     if cut:
         await stream.write(head + body[: len(body) // 2])

@@ -12,7 +12,7 @@ from mesh.proxy.core import Limits
 from mesh.proxy.dialect import COMMENT
 from mesh.proxy.origin import HEADER
 from tests.eventually import eventually
-from tests.fakes.engine_http import FakeEngine, Seen, closing, token_of, whole
+from tests.fakes.engine_http import FakeEngine, Seen, token_of, whole
 from tests.net.proxy_ingress import Ingress, an_engine, an_ingress, steps
 
 CHAT = "/v1/chat/completions"
@@ -58,7 +58,7 @@ async def test_a_stream_cut_at_any_word_goes_on_in_another_engine(path: str, blo
                 told = json.loads(after.body)
                 if "x-mesh-resume" in after.headers:
                     assert told["body"] == json.loads(before.body)
-                    said = {"tokens": [token_of(n) for n in range(cut)]}
+                    said = {"tokens": [token_of(n) for n in range(cut)], "end": False}
                     assert told["choices"] == [said] * choices
                 else:
                     assert after.body == before.body and cut == 0
@@ -84,13 +84,10 @@ async def test_a_stream_cut_at_any_byte_is_delivered_whole_and_once(path: str) -
 async def test_an_engine_lost_again_and_again_is_followed_as_long_as_there_is_progress() -> None:
     # Each engine says one word more than the client has, and dies.
     words = [f"{n} " for n in range(12)]
-    async with an_engine(words=words, break_after=1) as (engine, port), an_ingress(AT_ONCE) as ingress:
+    async with an_engine(words=words, dies_after=1) as (engine, port), an_ingress(AT_ONCE) as ingress:
         ingress.serve_tcp(port)
-        asking = asyncio.create_task(ingress.events())
-        for cut in range(2, len(words) + 1):
-            await eventually(lambda cut=cut: len(engine.seen) >= cut)  # type: ignore[misc]
-            engine.break_after = cut
-        assert await asking == whole(CHAT, words)
+        assert await ingress.events() == whole(CHAT, words)
+        assert len(engine.seen) == len(words)
         assert answered(ingress) == (1, 1, 0)
 
 
@@ -101,7 +98,7 @@ async def test_a_request_that_kills_every_engine_at_the_same_word_ends_in_an_err
         seen = await ingress.events()
         assert b'"engine_lost"' in seen and b"[DONE]" not in seen
         assert seen.count(b"one ") == 1
-        assert len(engine.seen) == 4
+        assert len(engine.seen) == 3
 
 
 async def test_a_stream_that_stands_still_is_comforted_between_blocks() -> None:
@@ -162,14 +159,13 @@ async def test_another_model_never_continues_a_stream() -> None:
         assert not second.seen
 
 
-async def test_a_stream_that_lacks_only_its_end_mark_gets_it_though_no_engine_is_left() -> None:
+async def test_an_engine_lost_after_the_end_mark_owes_nothing() -> None:
     async with an_engine() as (engine, port), an_ingress() as ingress:
         ingress.serve_tcp(port)
         full = whole(CHAT, engine.words)
-        traces = sum(len(f": mesh 0 {n} {t}\n") for n, t in [(1, ""), (2, "")]) - 2 + 3 * len(": mesh 0 1 1000\n")
-        engine.break_at = len(full) - len(b"data: [DONE]\n\n") + traces
+        engine.break_at = len(full) + len(": mesh 0 1\n: mesh 0 2 end\n") + 3 * len(": mesh 0 1 1000\n")
         assert await ingress.events() == full
-        assert closing(CHAT) in full and len(engine.seen) == 1
+        assert len(engine.seen) == 1
         assert answered(ingress) == (1, 0, 0)
 
 
