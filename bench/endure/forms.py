@@ -95,7 +95,7 @@ class Endpoint:
         answer = _json(body.decode("utf-8", "replace"))
         try:
             return _said(self.whole(answer), WHOLE)
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise Wrong(f"{type(error).__name__} {error} in {_short(body)}") from error
 
 
@@ -125,7 +125,7 @@ class Stream:
         said = line.split(": ", 1)[1]
         try:
             self._take(Part(DONE) if said == DONE else self.endpoint.event(_json(said)))
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise Wrong(f"{type(error).__name__} {error} in {_short(line)}") from error
         return True
 
