@@ -31,6 +31,7 @@ from typing import Any
 from bench.endure import questions, throughput
 from bench.endure.asking import Clients, Outcome
 from bench.endure.forms import Refused, Wrong
+from bench.endure.questions import Reference, Request
 from bench.endure.throughput import Aggregate
 from bench.endure.verdicts import Endured, fault_table, hit, kind_table, verdicts
 from bench.endure.weather import MACHINES, WEATHERS, Happened, Mesh, Patience, blow
@@ -57,17 +58,26 @@ def complain(outcome: Outcome) -> None:
         print(f"  {fault.fate.value}: {what}: {fault.why}", file=sys.stderr, flush=True)
 
 
-def endure(task: Task, weather: str, options: argparse.Namespace) -> Endured:
+def learn(task: Task, asked: Sequence[Request]) -> Reference:
+    """What an uninterrupted llama-server says, with as many slots."""
+    with (
+        Lab(MACHINES[:1], cores=task.threads) as lab,
+        ring_settings.solo(lab, task) as server,
+        lab.client(server.client_node) as client,
+    ):
+        return questions.learn(client, server.base_url, asked, task.parallel)
+
+
+def endure(
+    task: Task, weather: str, asked: Sequence[Request], reference: Reference, options: argparse.Namespace
+) -> Endured:
     """One weather."""
     blows, members = WEATHERS[weather]
-    asked = questions.draw(options.seed, options.requests, options.lengths, options.prompts)
     endured = Endured(weather, len(asked))
     directory = task.directory / weather
     arguments = ("--split", "always", "--no-discovery", "--parallel", str(task.parallel))
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(MACHINES, options.link, cores=task.threads, seed=options.seed))
-        with ring_settings.solo(lab, task) as server, lab.client(server.client_node) as client:
-            reference = questions.learn(client, server.base_url, asked, task.parallel)
         mesh = Mesh(lab, directory, task.model, (*arguments, "--ctx-size", str(task.ctx_size)), options.within)
         try:
             mesh.start(members)
@@ -142,9 +152,12 @@ def run(options: argparse.Namespace, endured: list[Endured], aggregates: list[Ag
         directory.mkdir(parents=True, exist_ok=True)
         model = find_model(options.model, programs.vocabularies)
         task = Task(programs, programs, model, THREADS, CTX_SIZE, directory, parallel=options.parallel)
-        for weather in [] if options.only_throughput else options.weather:
-            endured.append(endure(task, weather, options))
-            print(kind_table(endured[-1]), fault_table(endured[-1]), "", sep="\n\n", file=sys.stderr, flush=True)
+        asked = questions.draw(options.seed, options.requests, options.lengths, options.prompts)
+        if not options.only_throughput:
+            reference = learn(task, asked)
+            for weather in options.weather:
+                endured.append(endure(task, weather, asked, reference, options))
+                print(kind_table(endured[-1]), fault_table(endured[-1]), "", sep="\n\n", file=sys.stderr, flush=True)
         if not options.no_throughput:
             heavy = find_model(options.throughput_model, programs.vocabularies)
             streams = Task(programs, programs, heavy, THREADS, 512, directory, parallel=throughput.STREAMS)
