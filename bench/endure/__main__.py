@@ -46,6 +46,7 @@ from bench.verdicts import Verdict, verdict_table
 from mesh.engine.pin import engine_pin
 from mesh.errors import MeshError
 
+REQUESTS = 1000
 QUICK_REQUESTS, QUICK_TIMES, QUICK_WHOLE_S = 60, 4, 20.0
 EVERY_S, QUICK_EVERY_S = (10.0, 20.0), (5.0, 8.0)
 THREADS, CTX_SIZE = 1, 2048
@@ -104,7 +105,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="bin/bench endure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--requests", type=int, default=1000, metavar="N", help="of each weather")
+    add("--requests", type=int, metavar="N", help=f"of each weather: {REQUESTS}, or {QUICK_REQUESTS} when quick")
     add("--clients", type=int, default=8, metavar="N", help="that ask at the same time")
     add("--weather", nargs="+", choices=list(WEATHERS), default=list(WEATHERS))
     add("--seed", type=int, default=1, metavar="N", help="of what is asked, and of what happens")
@@ -112,9 +113,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--link", default="lan", metavar="NAME|SPEC", help="between any two machines")
     add("--model", default="demo", metavar="demo|mid|PATH")
     add("--parallel", type=int, default=4, metavar="N", help="slots of the engine")
-    add(
-        "--quick", action="store_true", help=f"{QUICK_REQUESTS} short requests, {QUICK_TIMES} happenings, no throughput"
-    )
+    add("--quick", action="store_true", help=f"short answers, {QUICK_TIMES} happenings, no throughput")
     add("--no-throughput", action="store_true", help="leave out the eight streams")
     add("--only-throughput", action="store_true", help="nothing else")
     add("--throughput-model", default="mid", metavar="demo|mid|PATH")
@@ -130,13 +129,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE")
     add("--keep", type=Path, metavar="DIR", help="keep logs and state directories here")
     options = parser.parse_args(arguments)
+    options.requests = options.requests or (QUICK_REQUESTS if options.quick else REQUESTS)
     if options.requests < 1 or options.clients < 1 or options.pairs < 1:
         parser.error("at least one request, one client and one pair")
     options.lengths = questions.QUICK_LENGTHS if options.quick else questions.LENGTHS
     options.prompts = questions.PROMPTS[: 2 if options.quick else None]
     options.patience = Patience(QUICK_TIMES, QUICK_WHOLE_S) if options.quick else None
-    if options.quick:
-        options.requests, options.no_throughput = min(options.requests, QUICK_REQUESTS), True
+    options.no_throughput |= options.quick
     options.every = tuple(options.every or (QUICK_EVERY_S if options.quick else EVERY_S))
     return options
 
