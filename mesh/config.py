@@ -35,6 +35,7 @@ STUN_VARIABLE = "MESH_STUN"
 API_KEYS_VARIABLE = "MESH_API_KEYS"
 """Environment: API keys with commas or line ends between them, besides those of ``--api-key-file``."""
 RELAY_RATE = 2_000_000
+MAX_DRAIN_S = 600
 BACKENDS = ("auto", "cpu", "cuda", "metal", "vulkan", "rocm", "sycl")
 SPLITS = ("auto", "always", "never")
 WIRE_DTYPES = ("f32", "f16")
@@ -115,6 +116,8 @@ class Settings:
     stun: tuple[str, ...] = STUN_SERVERS
     """``HOST[:PORT]`` of servers that say where this node is seen; empty: nobody is asked."""
     wire_dtype: str = "f32"
+    drain_s: float = 10.0
+    """In which requests may finish before a planned change stops what answers them."""
     plain: bool = False
     json_logs: bool = False
 
@@ -146,6 +149,8 @@ class Settings:
             raise UsageError(
                 "--relay-only computes nothing, so it takes no model", remedy="leave out --model and --demo"
             )
+        if not 0 <= self.drain_s <= MAX_DRAIN_S:
+            raise UsageError(f"drain_s {self.drain_s:g} must be between 0 and {MAX_DRAIN_S} seconds")
         if self.relay_rate < 0 or (self.relay_only and not self.relay_rate):
             raise UsageError(f"relay_rate {self.relay_rate} is no rate to relay at", remedy='write it like "2MB"')
         if not self.api_is_local and self.api_key_file is None and not self.api_keys:
@@ -181,7 +186,13 @@ def load_settings(flags: Mapping[str, Any], config: Path | None) -> Settings:
 
 
 _SHAPE = re.compile(r"^Expected `(\w+).*`, got .* - at `\$\.(\w+)")
-_WORDS = {"int": "a whole number", "str": "text in quotes", "bool": "true or false", "array": "a list"}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text in quotes",
+    "bool": "true or false",
+    "array": "a list",
+}
 
 
 def _in_words(problem: str, values: Mapping[str, Any]) -> str:

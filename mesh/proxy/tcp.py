@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 from mesh.errors import TransportError
@@ -49,6 +50,11 @@ class TcpStream:
     async def write_eof(self) -> None:
         if self._writer.can_write_eof() and not self._writer.transport.is_closing():
             self._writer.write_eof()
+
+    async def wait_closed(self) -> None:
+        """Return once the connection is gone, for whatever cause."""
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     def abort(self, code: int = 0) -> None:
         self._writer.transport.abort()
