@@ -356,10 +356,9 @@ class Node:
                 return await self._under_way.open(port or 0)
             return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
 
+        name, fingerprint = layout.model.name, layout.model.fingerprint
         # By the number it was started under: a layout that is only renumbered keeps its requests.
-        model = layout.model
-        route = Route(self._launched, served.host, served.api_key, model.name, open_engine, model.fingerprint)
-        self.proxy.serve(route)
+        self.proxy.serve(Route(self._launched, served.host, served.api_key, name, open_engine, fingerprint))
         self._narrator.served(layout)
 
     def _unserve(self, reason: str, drain_s: float) -> None:

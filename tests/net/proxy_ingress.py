@@ -82,6 +82,11 @@ class Ingress:
     def serve_by(self, open_stream: Any, number: int, fingerprint: str = "") -> None:
         self.proxy.serve(Route(Epoch(number, HOST), HOST, KEY, "tiny", open_stream, fingerprint))
 
+    def tokens(self) -> float:
+        """How many were streamed to clients so far."""
+        lines = self.proxy.metrics.render().decode().splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith("mesh_tokens_streamed_total"))
+
     async def events(self, path: str = "/v1/chat/completions", **body: Any) -> bytes:
         """The whole stream, however it ends."""
         seen = b""

@@ -124,7 +124,7 @@ async def test_a_layout_change_takes_a_stream_along_from_where_it_is() -> None:
         ingress.serve_tcp(port)
         step.release()
         asking = asyncio.create_task(ingress.events())
-        await eventually(lambda: tokens(ingress) == 1)
+        await eventually(lambda: ingress.tokens() == 1)
         ingress.proxy.unserve("a worker joined")
         await eventually(lambda: first.seen[0].cancelled)
         ingress.serve_tcp(other, number=2)
@@ -222,7 +222,7 @@ async def test_a_reader_that_was_slow_when_the_engine_died_gets_each_word_once()
 
         def stalled() -> bool:
             nonlocal held
-            before, held = held, tokens(ingress)
+            before, held = held, ingress.tokens()
             return 0 < held == before
 
         await eventually(stalled, within=10)
@@ -234,11 +234,6 @@ async def test_a_reader_that_was_slow_when_the_engine_died_gets_each_word_once()
         writer.close()
         assert second.seen and "x-mesh-resume" in second.seen[0].headers
         assert seen.split(b"\r\n\r\n", 1)[1] == whole(CHAT, words)
-
-
-def tokens(ingress: Ingress) -> float:
-    lines = ingress.proxy.metrics.render().decode().splitlines()
-    return sum(float(line.split()[1]) for line in lines if line.startswith("mesh_tokens_streamed_total"))
 
 
 async def test_clients_cannot_say_what_the_ingress_says() -> None:
