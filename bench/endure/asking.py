@@ -21,8 +21,8 @@ WHOLE_S = 200.0
 """An answer in one piece may be held for thirty seconds after each of five losses."""
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 8.0
 """Between an SDK's tries: doubled each time (OpenAI's and Anthropic's alike)."""
-TRIES = 8
-"""The SDKs' own default is 3; a machine that restarts takes a few seconds before its node answers."""
+TRIES, SDK_TRIES = 8, 3
+"""The SDKs' own default is the lower; a machine that restarts takes a few seconds before its node answers."""
 
 
 class Fate(Enum):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bench import tables
-from bench.endure.asking import Fate, Outcome, Try
+from bench.endure.asking import SDK_TRIES, Fate, Outcome, Try
 from bench.endure.weather import Happened
 from bench.lab.selfcheck import percentile
 from bench.verdicts import Verdict
@@ -59,9 +59,11 @@ def _faults(endured: Endured) -> Iterator[Verdict]:
 
 def _ingress(endured: Endured) -> Iterator[Verdict]:
     lost = [outcome for outcome in endured.outcomes if outcome.lost_its_ingress]
-    again = sum(outcome.fate is Fate.ANSWERED for outcome in lost)
+    again = [outcome for outcome in lost if outcome.fate is Fate.ANSWERED]
+    soon = sum(len(outcome.tries) <= SDK_TRIES for outcome in again)
     what = "lost with the machine they were asked at, answered when asked again"
-    yield Verdict(what, "all", f"{again} of {len(lost)}", again == len(lost))
+    measured = f"{len(again)} of {len(lost)}, {soon} of them by the {SDK_TRIES}rd try"
+    yield Verdict(what, "all", measured, len(again) == len(lost))
 
 
 def _figures(endured: Endured) -> Iterator[Verdict]:
