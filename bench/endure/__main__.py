@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.endure import questions, throughput
-from bench.endure.asking import Clients, Outcome
+from bench.endure.asking import DRAIN_S, Clients, Outcome
 from bench.endure.forms import Refused, Wrong
 from bench.endure.questions import Reference, Request
 from bench.endure.throughput import Aggregate
@@ -79,7 +79,11 @@ def endure(
     arguments = ("--split", "always", "--no-discovery", "--parallel", str(task.parallel))
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(MACHINES, options.link, cores=task.threads, seed=options.seed))
-        mesh = Mesh(lab, directory, task.model, (*arguments, "--ctx-size", str(task.ctx_size)), options.within)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = directory / "mesh.toml"
+        config.write_text(f"drain_s = {DRAIN_S:g}\n")
+        arguments += ("--ctx-size", str(task.ctx_size), "--config", str(config))
+        mesh = Mesh(lab, directory, task.model, arguments, options.within)
         try:
             mesh.start(members)
             at = [{name: stack.enter_context(lab.client(name)) for name in MACHINES} for _ in range(options.clients)]

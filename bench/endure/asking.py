@@ -21,6 +21,8 @@ WHOLE_S = 200.0
 """An answer in one piece may be held for thirty seconds after each of five losses."""
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 8.0
 """Between an SDK's tries: doubled each time (OpenAI's and Anthropic's alike)."""
+DRAIN_S = 30.0
+"""The nodes' ``drain_s``: in which what is under way may finish before a planned change."""
 TRIES, SDK_TRIES = 8, 3
 """The SDKs' own default is the lower; a machine that restarts takes a few seconds before its node answers."""
 
@@ -156,19 +158,21 @@ class Clients:
             fate, why = Fate.CUT, f"{type(error).__name__}: {error}"
         hearing.heard()
         ended = self._roster.now()
-        gone = excuses(self._roster.absence(node, began, ended), fate, began, hearing.heard_any)
+        gone = excuses(self._roster.absence(node, began, ended), fate, began, ended, hearing.heard_any)
         return Try(node, fate, why, began, ended, hearing.pause_s, hearing.retry_after_s, gone)
 
 
-def excuses(absence: Absence | None, fate: Fate, began_s: float, heard_any: bool) -> bool:
+def excuses(absence: Absence | None, fate: Fate, began_s: float, ended_s: float, heard_any: bool) -> bool:
     """Whether a try that was not answered is the fault of its own node's being away.
 
     A node that was killed takes its clients' answers with it. One that leaves on purpose finishes what it has begun,
-    and only refuses what comes later.
+    unless that takes longer than :data:`DRAIN_S`, and refuses what comes later.
     """
     if absence is None or fate not in (Fate.CUT, Fate.REFUSED):
         return False
-    return not absence.planned or (began_s >= absence.since_s and not heard_any)
+    too_late = began_s >= absence.since_s and not heard_any
+    too_long = ended_s - max(began_s, absence.since_s) >= DRAIN_S
+    return not absence.planned or too_late or too_long
 
 
 class Hearing:

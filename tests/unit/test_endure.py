@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.endure import questions
-from bench.endure.asking import Fate, Outcome, Try, excuses
+from bench.endure.asking import DRAIN_S, Fate, Outcome, Try, excuses
 from bench.endure.forms import DELTA, ENDPOINTS, Endpoint, Refused, Said, Stream, Wrong
 from bench.endure.roster import Absence, Roster
 from bench.endure.throughput import Aggregate
@@ -144,16 +144,17 @@ def test_what_is_expected_has_the_text_of_the_prompt_and_the_shape_of_the_endpoi
 
 def test_a_node_that_is_killed_takes_its_clients_with_it() -> None:
     killed = Absence(5.0, None, planned=False)
-    assert excuses(killed, Fate.CUT, 1.0, heard_any=True)
-    assert not excuses(killed, Fate.ALTERED, 1.0, heard_any=True), "a wrong text is nobody's right"
-    assert not excuses(None, Fate.CUT, 1.0, heard_any=False)
+    assert excuses(killed, Fate.CUT, 1.0, 6.0, heard_any=True)
+    assert not excuses(killed, Fate.ALTERED, 1.0, 6.0, heard_any=True), "a wrong text is nobody's right"
+    assert not excuses(None, Fate.CUT, 1.0, 6.0, heard_any=False)
 
 
 def test_a_node_that_leaves_finishes_what_it_has_begun() -> None:
     leaving = Absence(5.0, None, planned=True)
-    assert not excuses(leaving, Fate.CUT, 4.0, heard_any=False)
-    assert not excuses(leaving, Fate.REFUSED, 6.0, heard_any=True)
-    assert excuses(leaving, Fate.REFUSED, 6.0, heard_any=False)
+    assert not excuses(leaving, Fate.CUT, 4.0, 7.0, heard_any=False)
+    assert not excuses(leaving, Fate.REFUSED, 6.0, 7.0, heard_any=True)
+    assert excuses(leaving, Fate.REFUSED, 6.0, 7.0, heard_any=False), "what came after it was told to go"
+    assert excuses(leaving, Fate.REFUSED, 4.0, 5.0 + DRAIN_S, heard_any=True), "what its time was too short for"
 
 
 def test_an_absence_counts_only_for_what_it_overlaps() -> None:
