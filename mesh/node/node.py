@@ -35,11 +35,12 @@ from mesh.node.prepare import LocalModel
 from mesh.node.record import Ledger, Record
 from mesh.node.shelf import Shelf
 from mesh.node.statedir import command_for
-from mesh.node.status import Counts, build_status
+from mesh.node.status import Counts, build_status, gauges_in
 from mesh.node.underway import UnderWay
 from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
 from mesh.proxy.ingress import Proxy
+from mesh.proxy.metrics import NodeGauges
 from mesh.proxy.upstream import Route
 from mesh.pump import Pump
 from mesh.supervise.core import State
@@ -141,6 +142,8 @@ class Node:
         self._placed_on = ""
         self._launched: Epoch = NO_EPOCH
         """The number under which the engine was started; a layout may go on under newer ones."""
+        self._starts = 0
+        self.proxy.metrics.node = self.gauges
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self.on_expelled: Callable[[str], None] = lambda reason: None
@@ -197,6 +200,10 @@ class Node:
     def placed(self) -> str:
         """Where this node's engine says its weights are; empty while none runs."""
         return "" if self._runner.state is State.IDLE else self._placed_on
+
+    def gauges(self) -> NodeGauges:
+        """What Prometheus is told of the mesh, besides requests."""
+        return gauges_in(self.status(), self._starts)
 
     def plan_now(self, trial: Trial) -> election.Planned:
         """What would be planned over the members of this moment; nothing is carried out."""
@@ -351,6 +358,8 @@ class Node:
         if adopt.lifts != NO_EPOCH:
             return  # the same layout under a new number: what runs goes on
         self._launched = adopt.epoch
+        if adopt.layout is not None:
+            self._starts += 1
         self._unserve(adopt.reason or "the engine is starting", adopt.drain_s)
         self._runner.post(supervise.Adopt(adopt.epoch, adopt.layout, adopt.drain_s))
 
@@ -365,8 +374,9 @@ class Node:
             newest = self._election.epoch if self._election.covers(served.epoch) else served.epoch
             return await self.links.open_bulk(served.host, OpenHttp(newest))
 
+        name, fingerprint = layout.model.name, layout.model.fingerprint
         # By the number it was started under: a layout that is only renumbered keeps its requests.
-        self.proxy.serve(Route(self._launched, served.host, served.api_key, layout.model.name, open_engine))
+        self.proxy.serve(Route(self._launched, served.host, served.api_key, name, open_engine, fingerprint))
         self._narrator.served(layout)
 
     def _unserve(self, reason: str, drain_s: float) -> None:
