@@ -31,7 +31,7 @@ EPOCH = Epoch(1, HOST)
 AUTH = {"Authorization": f"Bearer {KEY}"}
 LONG = {"prompt": "Once upon a time", "n_predict": 100_000, "max_tokens": 100_000, "ignore_eos": True}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
-LOOK = {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]}
+LOOK = {"type": "object", "properties": {"where": {"type": "string", "maxLength": 8}}, "required": ["where"]}
 TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 
 ASKED: dict[str, tuple[str, Any]] = {
@@ -46,7 +46,8 @@ ASKED: dict[str, tuple[str, Any]] = {
     ),
     "chat, a schema": (
         "/v1/chat/completions",
-        TALK | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOK}}},
+        TALK
+        | {"max_tokens": 100, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOK}}},
     ),
     "chat, wrong": ("/v1/chat/completions", {"messages": "none"}),
     "count of a chat": ("/v1/chat/completions/input_tokens", TALK),
