@@ -154,13 +154,16 @@ class Exchange:
 
     async def _attempt(self, order: Dispatch) -> None:
         try:
-            await self._ask(order)
+            if self._is_over():  # the one before was abandoned at its last byte
+                await self._finish(order, self._reply.end)
+            else:
+                await self._ask(order)
         except UpstreamLost as lost:
             self._times.lost()
             if self._is_over():
                 await self._finish(order, self._reply.end)
-                return
-            self._hub.tell(Lost(self.id, order.attempt, lost.loss, lost.message))
+            else:
+                self._hub.tell(Lost(self.id, order.attempt, lost.loss, lost.message))
 
     async def _ask(self, order: Dispatch) -> None:
         upstream = self._hub.upstream_of(order)

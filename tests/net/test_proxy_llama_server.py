@@ -26,12 +26,12 @@ from tests.net.push_kit import push_ring
 pytestmark = pytest.mark.engine
 
 DISTANCES = ["here", "tcp", "quic"]
-LAYERS = 2
+LAYERS = 4
 EPOCH = Epoch(1, HOST)
 AUTH = {"Authorization": f"Bearer {KEY}"}
 LONG = {"prompt": "Once upon a time", "n_predict": 100_000, "max_tokens": 100_000, "ignore_eos": True}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
-LOOK = {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]}
+LOOK = {"type": "object", "properties": {"where": {"type": "string", "maxLength": 8}}, "required": ["where"]}
 TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 
 ASKED: dict[str, tuple[str, Any]] = {
@@ -46,7 +46,8 @@ ASKED: dict[str, tuple[str, Any]] = {
     ),
     "chat, a schema": (
         "/v1/chat/completions",
-        TALK | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOK}}},
+        TALK
+        | {"max_tokens": 100, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOK}}},
     ),
     "chat, wrong": ("/v1/chat/completions", {"messages": "none"}),
     "count of a chat": ("/v1/chat/completions/input_tokens", TALK),
@@ -56,7 +57,7 @@ ASKED: dict[str, tuple[str, Any]] = {
     "responses": ("/v1/responses", {"input": "hello", "max_output_tokens": 4, "temperature": 0}),
     "messages": ("/v1/messages", TALK),
     "messages, count": ("/v1/messages/count_tokens", TALK),
-    "embeddings": ("/v1/embeddings", {"input": ["one", "two"], "model": "m"}),
+    "embeddings": ("/v1/embeddings", {"input": ["one", "two"]}),
     "embedding": ("/embedding", {"content": "one"}),
     "rerank": ("/v1/rerank", {"query": "a", "documents": ["b", "c"]}),
     "tokenize": ("/tokenize", {"content": "Once upon a time", "with_pieces": True}),
@@ -83,7 +84,8 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def model(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "words.gguf"
-    write_model(path, engine, layers=LAYERS, width=64)
+    # As slow as a few milliseconds a token: its context must not be full before somebody leaves.
+    write_model(path, engine, layers=LAYERS, width=512)
     return path
 
 
@@ -164,7 +166,9 @@ async def test_whatever_llama_server_answers_passes(engine: Engine, model: Path,
     ):
         answered = {}
         for name, (path, body) in ASKED.items():
-            ours, theirs = await ingress.client.post(path, json=body), await direct.post(path, json=body)
+            # A prompt that is there already is computed in other parts, and rounds otherwise.
+            asked = body | {"cache_prompt": False}
+            ours, theirs = await ingress.client.post(path, json=asked), await direct.post(path, json=asked)
             assert fixed(ours) == fixed(theirs), name
             answered[name] = ours.status_code
         for path in LOOKED_AT:
@@ -221,8 +225,9 @@ async def test_one_client_with_many_requests_does_not_keep_another_waiting(
         order: list[str] = []
 
         async def ask(key: str) -> None:
-            body = {"prompt": "Once", "n_predict": 60, "ignore_eos": True, "temperature": 0}
-            answer = await ingress.client.post("/completion", json=body, headers={"Authorization": f"Bearer {key}"})
+            body = {"prompt": "Once", "n_predict": 30, "ignore_eos": True, "temperature": 0}
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = await ingress.client.post("/completion", json=body, headers=headers, timeout=120)
             assert answer.status_code == 200
             order.append(key)
 
@@ -231,8 +236,8 @@ async def test_one_client_with_many_requests_does_not_keep_another_waiting(
         assert await busy(direct)
         before = len(order)
         await ask("one")
-        # One of theirs is being answered, and goes first.
-        assert order.index("one") <= before + 1, order
+        # One of theirs is being answered, and goes first; another may have gone while this one was on its way.
+        assert len(order) < 20 and order.index("one") <= before + 2, order
         await asyncio.gather(*crowd)
 
 
