@@ -19,8 +19,8 @@ from mesh.errors import MeshError
 from mesh.identity.store import read_private
 from mesh.models.inventory import models_directory
 from mesh.node.record import load_record
-from mesh.node.run import read_api_keys
 from mesh.node.statedir import RUNNING_FILE
+from mesh.proxy.keys import read_api_keys
 from mesh.supervise.registry import ProcessRegistry, process_mark
 
 CHECK = "state"

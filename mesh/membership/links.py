@@ -321,6 +321,8 @@ class Links:
             self._keep(peer)
             self._dialer.kick(peer)
         self._tell.on_up(peer, facts, connection)
+        if verdict.changed:
+            self._expulsion.review(peer)
         return link
 
     def forget(self, node: NodeId) -> None:
@@ -343,6 +345,14 @@ class Links:
             else:
                 self.ways.unwanted(link.peer)
             self._tell.on_down(link.peer, reason)
+
+    def show_out(self, link: Link, reason: str) -> None:
+        """Let it read why, for a moment, then close."""
+        self.spawn(self._show_out(link, reason))
+
+    async def _show_out(self, link: Link, reason: str) -> None:
+        await flush(link)
+        self.lose(link, reason)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do this beside; it ends with the links."""

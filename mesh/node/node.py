@@ -35,11 +35,12 @@ from mesh.node.prepare import LocalModel
 from mesh.node.record import Ledger, Record
 from mesh.node.shelf import Shelf
 from mesh.node.statedir import command_for
-from mesh.node.status import Counts, build_status
+from mesh.node.status import Counts, build_status, gauges_in
 from mesh.node.underway import UnderWay
 from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
 from mesh.proxy.ingress import Proxy
+from mesh.proxy.metrics import NodeGauges
 from mesh.proxy.upstream import Route
 from mesh.pump import Pump
 from mesh.supervise.core import State
@@ -98,7 +99,7 @@ class Node:
     ) -> None:
         self.settings = settings
         self.key = key
-        self.record = record
+        self.record = record.started(clock.wall())
         self.view = view
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
@@ -108,7 +109,7 @@ class Node:
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
-        self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
+        self._membership = Membership(self.facts, self.record.boot << BOOT_SHIFT)
         spread = random.random()  # noqa: S311 - of retries
         timing = Timing(drain=settings.drain_s)
         self._election = Election(key.id, seen=record.epoch, jitter=spread, timing=timing)
@@ -141,6 +142,8 @@ class Node:
         self._placed_on = ""
         self._launched: Epoch = NO_EPOCH
         """The number under which the engine was started; a layout may go on under newer ones."""
+        self._starts = 0
+        self.proxy.metrics.node = self.gauges
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self.on_expelled: Callable[[str], None] = lambda reason: None
@@ -198,6 +201,10 @@ class Node:
         """Where this node's engine says its weights are; empty while none runs."""
         return "" if self._runner.state is State.IDLE else self._placed_on
 
+    def gauges(self) -> NodeGauges:
+        """What Prometheus is told of the mesh, besides requests."""
+        return gauges_in(self.status(), self._starts)
+
     def plan_now(self, trial: Trial) -> election.Planned:
         """What would be planned over the members of this moment; nothing is carried out."""
         seen = self._membership.view()
@@ -220,6 +227,7 @@ class Node:
 
     async def start(self) -> None:
         """Sweep what an earlier run left behind, then begin to take part."""
+        self._ledger.write(self.record)
         swept = await self._runner.start()
         self._narrator.swept(len(swept))
         await asyncio.to_thread(self._own.list_devices)
@@ -350,6 +358,8 @@ class Node:
         if adopt.lifts != NO_EPOCH:
             return  # the same layout under a new number: what runs goes on
         self._launched = adopt.epoch
+        if adopt.layout is not None:
+            self._starts += 1
         self._unserve(adopt.reason or "the engine is starting", adopt.drain_s)
         self._runner.post(supervise.Adopt(adopt.epoch, adopt.layout, adopt.drain_s))
 
@@ -361,10 +371,12 @@ class Node:
             if served.host == self.key.id:
                 port = self._runner.http_port(self._engine_epoch(served.epoch))
                 return await self._under_way.open(port or 0)
-            return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
+            newest = self._election.epoch if self._election.covers(served.epoch) else served.epoch
+            return await self.links.open_bulk(served.host, OpenHttp(newest))
 
+        name, fingerprint = layout.model.name, layout.model.fingerprint
         # By the number it was started under: a layout that is only renumbered keeps its requests.
-        self.proxy.serve(Route(self._launched, served.host, served.api_key, layout.model.name, open_engine))
+        self.proxy.serve(Route(self._launched, served.host, served.api_key, name, open_engine, fingerprint))
         self._narrator.served(layout)
 
     def _unserve(self, reason: str, drain_s: float) -> None:

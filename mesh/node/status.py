@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from mesh.election.events import Status as Election
 from mesh.membership.view import Member, View
+from mesh.proxy.metrics import NodeGauges, Peer
 from mesh.wire.facts import Layout, NodeFacts, NodeId, RingMember
 
 
@@ -64,6 +65,25 @@ def build_status(
             "failed": counts.failed,
         },
     }
+
+
+def gauges_in(status: Mapping[str, Any], starts: int) -> NodeGauges:
+    """The numbers of :func:`build_status` that are worth a curve.
+
+    Args:
+        starts: layouts that this node has begun to carry out.
+    """
+    node, mesh, peers = status["node"], status["mesh"], status["peers"]
+    present = [peer for peer in peers if peer["state"] != "left"]
+    build = {"version": node["version"], "engine": node["engine"]["build"], "backend": node["engine"]["backend"]}
+    return NodeGauges(
+        epoch=mesh["epoch"],
+        serving=mesh["state"] == "serving",
+        members=1 + sum(peer["state"] == "alive" for peer in present),
+        restarts=starts,
+        peers=[Peer(peer["id"], peer["name"], peer["rtt_ms"]) for peer in present],
+        build={name: str(value) for name, value in build.items()},
+    )
 
 
 def role_in(facts: NodeFacts, layout: Layout | None) -> str:
