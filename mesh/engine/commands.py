@@ -81,7 +81,7 @@ def llama_server_command(
         # Checkpoints are made in host memory, and would drag the KV cache through the network. A mapped file would be
         # read in whole, the workers' layers included.
         argv += ["-lm", "none", "-ctxcp", "0"]
-        # The server sends two tokens around the ring before it serves, warm-up or not.
+        # A token goes around the ring before anybody is told of it (supervise/probe.py): one more would be for nothing.
         argv += ["--no-warmup"]
         # Workers never repack weights. Where the host's CPU would, its results depend on what else is in the batch, and
         # the same prompt may be continued in two ways.
