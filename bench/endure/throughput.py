@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ def compare(task: Task, workers: int, pairs: int, tokens: int) -> Aggregate:
         for number in range(pairs):
             for clients, rates in sides if number % 2 else reversed(sides):
                 rates.append(rate(clients, tokens, number))
+            last = f"{found.mesh[-1]:.0f} tok/s, directly {found.direct[-1]:.0f}"
+            print(f"{workers + 1} machines, turn {number + 1}: {last}", file=sys.stderr, flush=True)
     return found
 
 
