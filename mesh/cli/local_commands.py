@@ -21,9 +21,10 @@ from mesh.engine.pin import SOURCE, engine_pin, patch_queue
 from mesh.errors import MeshError, StateError, UsageError
 from mesh.identity.key import NodeKey
 from mesh.models.inventory import Inventory
+from mesh.node.backend import build_for, prepare_engine
 from mesh.node.facts import OwnFacts
 from mesh.node.planning import answer_plan
-from mesh.node.prepare import LocalModel, measure, prepare_engine, prepare_model
+from mesh.node.prepare import LocalModel, measure, prepare_model
 from mesh.node.statedir import find_running
 
 _LOG_FILES = ("mesh.log", "llama-server.log", "rpc-server.log")
@@ -33,7 +34,7 @@ def engine_build(backend: str, as_json: bool) -> None:
     """Build it, or say that it is there."""
     view = make_view(plain=False, json_lines=False, stream=sys.stderr)
     try:
-        engine = prepare_engine(backend, view)
+        engine = build_for(backend, view)
     finally:
         view.close()
     if as_json:
@@ -114,6 +115,7 @@ def _plan_alone(settings: Settings) -> dict[str, Any]:
         raise MeshError("there is no model to plan for", remedy="mesh plan --model FILE|NAME   (see: mesh models list)")
     me = NodeKey.generate().id
     own = OwnFacts(settings, me, engine, (), model, SystemClock())
+    own.list_devices()
     own.measure()
     request = NeedPlan(0, (own.facts((model.cost,)),), None, {}, frozenset())
     planned = answer_plan(request, me, {})

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
 from mesh import __version__, hardware
 from mesh.clock import Clock
 from mesh.config import Settings
 from mesh.engine.cache import Engine
+from mesh.engine.devices import list_devices, usable
 from mesh.engine.pin import engine_pin
+from mesh.errors import EngineError
 from mesh.node.prepare import LocalModel
 from mesh.wire.facts import Device, ModelCost, NodeFacts, NodeId
 
+log = logging.getLogger(__name__)
 NOTABLE = 0.05
 """Share of free memory that must come or go before the others are told: it moves all the time."""
 
@@ -32,6 +37,9 @@ class OwnFacts:
     ) -> None:
         self._clock = clock
         self._devices: tuple[Device, ...] = ()
+        self._listed: tuple[Device, ...] = ()
+        self._engine = engine
+        self._uses_gpu = settings.gpu_layers != 0
         self._backend = "" if engine is None else engine.backend
         self._facts = NodeFacts(
             id=me,
@@ -56,18 +64,30 @@ class OwnFacts:
             split=settings.split,  # type: ignore[arg-type]  # checked with the settings
         )
 
+    def list_devices(self) -> None:
+        """Ask the engine what it can compute on: the last word. Blocks, a second or so with a GPU."""
+        if self._engine is None or self._backend == "cpu":
+            return
+        try:
+            self._listed = list_devices(self._engine)
+        except EngineError as error:
+            log.warning("%s", error.message)
+
     def measure(self) -> bool:
         """Look at the devices again. Returns whether something changed that others should know."""
         if not self._backend:
             return False
-        # The engine computes on what it was built for, whatever else the machine has.
-        found = tuple(device for device in hardware.devices() if device.kind in (self._backend, "cpu"))
-        if self._backend != "cpu" and any(device.kind == self._backend for device in found):
-            found = tuple(device for device in found if device.kind == self._backend)
+        listed = self._listed if self._uses_gpu else ()
+        found = usable(listed, hardware.devices(), self._backend)
         if not _differ(self._devices, found):
             return False
         self._devices = found
         return True
+
+    def computes_on(self, device: str) -> None:
+        """The engine's log says that the share is on ``device``; empty: where the layout has it."""
+        if device != self._facts.computes_on:
+            self._renew(computes_on=device)
 
     def moved(self, addresses: tuple[str, ...]) -> None:
         """This node is reached at ``addresses`` from now on."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mesh.election.events import Status as Election
 from mesh.membership.view import Member, View
 from mesh.proxy.metrics import NodeGauges, Peer
-from mesh.wire.facts import Layout, NodeFacts, NodeId
+from mesh.wire.facts import Layout, NodeFacts, NodeId, RingMember
 
 
 class Link(Protocol):
@@ -52,7 +52,7 @@ def build_status(
             "state": election.state,
             "reason": election.reason,
         },
-        "layout": None if election.layout is None else _layout(election.layout),
+        "layout": None if election.layout is None else _layout(election.layout, {m.id: m.facts for m in view.members}),
         "peers": [
             *(_peer(member, election, links.get(member.id)) for member in view.members if member.id != me.id),
             *(_gone(gone.facts, gone.reason) for gone in view.departed),
@@ -97,13 +97,19 @@ def role_in(facts: NodeFacts, layout: Layout | None) -> str:
     return "standby"
 
 
+def device_in(member: RingMember, facts: NodeFacts | None) -> str:
+    """What carries this share: what the layout says, unless that member's engine says otherwise."""
+    really = "" if facts is None else facts.computes_on
+    return f"{really}, not {member.device}" if really and really != member.device else member.device
+
+
 def memory_bytes(facts: NodeFacts) -> int:
     """What a node offers: free memory of its devices, within the bound its owner set."""
     free = sum(device.free_bytes for device in facts.devices)
     return min(free, facts.budget_bytes) if facts.budget_bytes else free
 
 
-def _layout(layout: Layout) -> dict[str, Any]:
+def _layout(layout: Layout, members: Mapping[NodeId, NodeFacts]) -> dict[str, Any]:
     return {
         "mode": layout.mode,
         "host": layout.host,
@@ -119,7 +125,7 @@ def _layout(layout: Layout) -> dict[str, Any]:
                 "name": member.name,
                 "layers": None if member.layers is None else list(member.layers),
                 "bytes": member.bytes,
-                "device": member.device,
+                "device": device_in(member, members.get(member.id)),
             }
             for member in layout.ring
         ],

@@ -199,13 +199,14 @@ class Core:
 
     def _take_back_all(self, reason: str, now: float) -> list[Effect]:
         """Whatever is under way, but for what the layout served now was asked."""
+        planned = self._drain_until is not None
         self._drain_until = None
         current = None if self._route is None else self._route.epoch
         lost = [request for request in self._under_way() if request.epoch != current]
-        return [effect for request in lost for effect in self._take_back(request, reason, now)]
+        return [effect for request in lost for effect in self._take_back(request, reason, planned, now)]
 
-    def _take_back(self, request: _Request, reason: str, now: float) -> list[Effect]:
-        return [Abandon(request.id, request.attempt), *self._lose(request, Loss.BROKEN, reason, now)]
+    def _take_back(self, request: _Request, reason: str, planned: bool, now: float) -> list[Effect]:
+        return [Abandon(request.id, request.attempt), *self._lose(request, Loss.BROKEN, reason, planned, now)]
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -270,13 +271,14 @@ class Core:
 
     def _lost(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         assert isinstance(event, Lost)
-        return self._lose(request, event.loss, event.reason, now)
+        return self._lose(request, event.loss, event.reason, self._drain_until is not None, now)
 
-    def _lose(self, request: _Request, loss: Loss, reason: str, now: float) -> list[Effect]:
+    def _lose(self, request: _Request, loss: Loss, reason: str, planned: bool, now: float) -> list[Effect]:
         request.reason = reason
         if loss is Loss.BROKEN:
             request.losses += 1
-            request.fruitless += 1
+            # A long answer may outlast the drains of many machines that come and go: none of them died of it.
+            request.fruitless += not planned
             # The engine had taken the request: the next wait is a new one.
             request.deadline = now + request.patience_s
         if request.begun and not request.resumable:

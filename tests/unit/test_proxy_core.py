@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -142,6 +143,22 @@ def test_a_request_that_kills_every_engine_ends_some_day() -> None:
         assert core.handle(Unserved("crashed"), number + 0.5) == [Abandon(1, number)]
     core.handle(Served(THREE, "tiny"), 3.0)
     assert the_failure(core.handle(Unserved("crashed"), 3.5)) == (502, "engine_lost")
+
+
+@pytest.mark.parametrize("told_by", ["the drain", "the engine"])
+def test_planned_changes_are_not_held_against_a_request_that_outlasts_their_drains(told_by: str) -> None:
+    core = Core(Limits(max_losses=2))
+    core.handle(Arrived(1), 0.0)
+    for number in range(1, 7):
+        now = 20.0 * number
+        assert core.handle(Served(Epoch(number, "a" * 26), "tiny"), now)[-1] == Dispatch(
+            1, number, Epoch(number, "a" * 26)
+        )
+        core.handle(Unserved("a machine joins", drain_s=10), now + 1)
+        if told_by == "the engine":  # whichever clock is first
+            core.handle(Lost(1, number, Loss.BROKEN, "reset"), now + 10.9)
+        core.handle(Tick(), now + 11)
+    assert core.counters.held == 1 and core.counters.failed == 0
 
 
 def test_a_stream_cut_after_its_first_token_ends_in_an_error() -> None:
