@@ -116,7 +116,7 @@ def _plan_alone(settings: Settings) -> dict[str, Any]:
     own = OwnFacts(settings, me, engine, (), model, SystemClock())
     own.measure()
     request = NeedPlan(0, (own.facts((model.cost,)),), None, {}, frozenset())
-    planned = answer_plan(request, me, {})
+    planned = answer_plan(request, me, ())
     layout = None if planned.layout is None else msgspec.to_builtins(planned.layout)
     return {"layout": layout, "reason": planned.reason, "excluded": planned.excluded}
 

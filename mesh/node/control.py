@@ -15,6 +15,7 @@ from mesh.identity.invite import create_invite
 from mesh.identity.pairing import read_code
 from mesh.node.node import Node
 from mesh.node.planning import Trial
+from mesh.node.status import describe_device
 from mesh.wire.facts import Role
 
 DEFAULT_EXPIRY_S = 3600.0
@@ -51,6 +52,7 @@ class Control:
             "requests": self._requests,
             "revoke": self._revoke,
             "plan": self._plan,
+            "devices": lambda _: {"devices": [describe_device(device) for device in node.facts.devices]},
             "down": lambda _: self._end(leave=False),
             "leave": lambda _: self._end(leave=True),
         }

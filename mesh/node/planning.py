@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Literal
 
@@ -11,8 +12,9 @@ from msgspec.structs import replace
 
 from mesh.election.events import NeedPlan, Planned
 from mesh.plan.choice import choose_model
+from mesh.plan.pace import Pair
 from mesh.plan.search import plan
-from mesh.wire.facts import Bytes64, Layout, ModelCost, NodeFacts, NodeId
+from mesh.wire.facts import Bytes64, Layout, LinkFact, ModelCost, NodeFacts, NodeId
 
 
 class Trial(Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,23 +52,46 @@ def _asked(facts: NodeFacts, trial: Trial) -> NodeFacts:
     return facts if trial.model is None else replace(facts, wants="")
 
 
-def answer_plan(request: NeedPlan, me: NodeId, rtt_ms: Mapping[NodeId, float]) -> Planned:
-    """The layout for ``request``.
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What is known of the ways between members.
 
     Args:
-        rtt_ms: round trips this node measured, milliseconds. Between two others nobody told us: at most the way
-            through us, and that is what is taken.
+        trips: round trips, milliseconds.
+        rates: bytes per second.
     """
+
+    trips: Mapping[Pair, float]
+    rates: Mapping[Pair, float]
+
+
+def ways(members: Sequence[NodeFacts], me: NodeId, links: Iterable[LinkFact]) -> Ways:
+    """Between all pairs that anybody measured; of others at most the way through us, and that is what is taken.
+
+    Args:
+        links: what this node itself measured; the members tell theirs with their facts.
+    """
+    own = {link.peer: link for link in links}
+    told = {(facts.id, link.peer): link for facts in members if facts.id != me for link in facts.links}
+    told |= {(me, peer): link for peer, link in own.items()}
+    trips = {pair: link.rtt_ms for pair, link in told.items()}
+    for a, b in combinations(sorted(own), 2):
+        if (a, b) not in trips and (b, a) not in trips:
+            trips[a, b] = own[a].rtt_ms + own[b].rtt_ms
+    return Ways(trips, {pair: link.bytes_per_second for pair, link in told.items() if link.bytes_per_second})
+
+
+def answer_plan(request: NeedPlan, me: NodeId, links: Iterable[LinkFact]) -> Planned:
+    """The layout for ``request``; ``links`` are what this node itself measured."""
     members = [facts for facts in request.members if facts.id not in request.excluded]
     choice = choose_model(members, request.current)
     if choice.model is None:
         return Planned(request.request_id, None, choice.reason, {**choice.unmet, **request.excluded})
-    trips = {(me, peer): trip for peer, trip in rtt_ms.items()}
-    trips |= {(a, b): rtt_ms[a] + rtt_ms[b] for a, b in combinations(sorted(rtt_ms), 2)}
+    known = ways(members, me, links)
     unreached: dict[NodeId, str] = {}
     while True:
         usable = [facts for facts in members if facts.id not in unreached]
-        planned = plan(usable, choice.model, rtt_ms=trips, current=request.current)
+        planned = plan(usable, choice.model, rtt_ms=known.trips, rates=known.rates, current=request.current)
         cut = _cut_off(planned.layout, request.cuts)
         if cut is None:
             # Of two reasons the more particular one is shown.
