@@ -84,7 +84,10 @@ def memory_bytes(facts: NodeFacts) -> int:
 
 
 def describe_device(device: Device) -> dict[str, Any]:
-    """A device for people and scripts; ``speeds`` are bytes per second by type of weights; empty as long as nobody has measured them."""
+    """A device, for people and scripts.
+
+    ``speeds`` are bytes per second by type of weights; empty as long as nobody has measured them.
+    """
     return {
         "name": device.name,
         "kind": device.kind,
