@@ -2,10 +2,11 @@
 
     bin/bench predict --json predict.json          (--case NAME: one of them; --list; --runs N)
 
-Twelve configurations of one to four machines in the lab, one thread each: `mesh up` on every one, the plan asked for its
-time (`mesh plan --json`) once links are measured, then tokens timed one by one. What counts is the median gap between
-two tokens in the best of some runs: other work on the machine only makes a run slower. Speeds are measured by the nodes
-themselves, the best of some tries, into a cache of the bench's own. Half a processor is a control group's quota.
+Twelve configurations of one to four machines in the lab, one thread each: `mesh up` on every one, the plan asked for
+its time (`mesh plan --json`) once links are measured, then tokens timed one by one. What counts is the median gap
+between two tokens in the best of some runs: other work on the machine only makes a run slower. Speeds are measured by
+the nodes themselves, the best of some tries, into a cache of the bench's own. Half a processor is a control group's
+quota.
 
 Then a slow and a distant machine join a mesh that serves: it may not get slower by more than 3%. Needs root.
 """
@@ -18,15 +19,18 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from bench.lab import Lab, LabError, lab_available
 from bench.measure import BenchError
@@ -85,6 +89,8 @@ class Outcome:
     ring: list[str]
     parts: dict[str, float] = field(default_factory=dict)
     runs: list[float] = field(default_factory=list)
+    processor: float = 0.0
+    """Processor time of all engines together, ms per token: what compute comes to, however busy the machine is."""
 
     @property
     def error(self) -> float:
@@ -92,7 +98,9 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def _nodes(lab: Lab, case: Case, model: Path, directory: Path, arguments: Sequence[str]) -> Iterator[dict[str, MeshNode]]:
+def _nodes(
+    lab: Lab, case: Case, model: Path, directory: Path, arguments: Sequence[str]
+) -> Iterator[dict[str, MeshNode]]:
     env = {"MESH_CACHE_DIR": str(directory / "cache")}
     nodes: dict[str, MeshNode] = {}
     with contextlib.ExitStack() as stack:
@@ -124,8 +132,6 @@ def _speeds(directory: Path, tries: int, cpus: Sequence[float]) -> None:
     for share in cpus:
         script = f"from bench.predict import _measure_speed; _measure_speed({tries})"
         env = {**os.environ, "MESH_CACHE_DIR": str(mine)}
-        import subprocess
-
         with contextlib.ExitStack() as stack:
             group = stack.enter_context(limited(f"speed{share}", cpus=share)) if share < 1 else None
             child = subprocess.Popen(
@@ -171,7 +177,12 @@ def _gaps(client: httpx.Client, url: str, tokens: int) -> float:
                 times.append(time.monotonic())
     if len(times) < tokens // 2:
         raise BenchError(f"{url} sent {len(times)} of {tokens} tokens")
-    return statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False)) * 1000
+    return statistics.median(b - a for a, b in pairwise(times[1:])) * 1000
+
+
+def _processor_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def _measured(node: MeshNode, runs: int, tokens: int) -> list[float]:
@@ -201,12 +212,23 @@ def run_case(case: Case, models: dict[str, Path], directory: Path, runs: int, to
         status = nodes[names[-1]].wait_serving(120, members=case.machines)
         time.sleep(4)  # links are measured and told within that time
         host = _host(nodes, status)
+        engines = [pid for node in nodes.values() for pid in node.engine_pids()]
+        before = sum(map(_processor_s, engines))
         measured = _measured(host, runs, tokens)
+        processor = (sum(map(_processor_s, engines)) - before) * 1000 / (runs * tokens)
         plan = _plan(host)
         layout = plan["layout"]
-        ring = [f"{m['name']}:{0 if m['layers'] is None else m['layers'][1] - m['layers'][0] + 1}" for m in layout["ring"]]
+        ring = [
+            f"{m['name']}:{0 if m['layers'] is None else m['layers'][1] - m['layers'][0] + 1}" for m in layout["ring"]
+        ]
         return Outcome(
-            case.name, layout["predicted_ms_per_token"], min(measured), ring, plan.get("parts") or {}, measured
+            case.name,
+            layout["predicted_ms_per_token"],
+            min(measured),
+            ring,
+            plan.get("parts") or {},
+            measured,
+            processor,
         )
 
 
@@ -296,10 +318,24 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     rows = [
         [o.name, " ".join(o.ring), f"{o.predicted:.1f}", f"{o.measured:.1f}", f"{o.error:+.0%}",
-         "" if abs(o.error) <= BAR else "**missed**"]
+         f"{o.parts.get('compute', 0):.1f}", f"{o.processor:.1f}", "" if abs(o.error) <= BAR else "**missed**"]
         for o in outcomes
     ]  # fmt: skip
-    print(markdown(["configuration", "ring, layers", "predicted ms/token", "measured", "error", ""], rows))
+    print(
+        markdown(
+            [
+                "configuration",
+                "ring, layers",
+                "predicted ms/token",
+                "measured",
+                "error",
+                "compute predicted",
+                "processor ms/token",
+                "",
+            ],
+            rows,
+        )
+    )
     if joins:
         rows = [[j["joins"], f"{j['before']:.1f}", f"{j['after']:.1f}", f"{j['ratio']:.3f}", " ".join(j["ring"]),
                  j["excluded"] or ""] for j in joins]  # fmt: skip

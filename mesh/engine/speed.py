@@ -37,12 +37,12 @@ VERSION = 1
 """Of what is measured and how."""
 FAMILIES = ("Q8_0", "Q4_K", "F16")
 """Of :func:`~mesh.wire.facts.weight_family`."""
-CPU_BYTES, GPU_BYTES = 56 << 20, 512 << 20
+CPU_BYTES, GPU_BYTES = 160 << 20, 512 << 20
 """Of the wide model: more than the last cache of a processor holds, and enough for a GPU to take notice."""
 WIDTH, FEED = 1024, 2816
 THIN_WIDTH, THIN_FEED, THIN_LAYERS = 64, 64, 48
 WORDS = 256
-SHORT = 2, 12
+SHORT = 2, 8
 """Tokens of one sample, and samples: short ones fall between what else the machine does."""
 LONG = 64, 2
 """Where a container allows less time than the threads want, only a long sample knows."""

@@ -142,11 +142,10 @@ class Control:
             trial = msgspec.convert(args, Trial)
         except msgspec.ValidationError as error:
             raise UsageError(f"plan: {error}") from error
-        planned = self._node.plan_now(trial)
-        if planned.layout is None and not planned.reason:
+        answer = self._node.plan_now(trial)
+        if answer["layout"] is None and not answer["reason"]:
             raise PlanError("there is no model to plan for", remedy="mesh up --model FILE")
-        layout = None if planned.layout is None else msgspec.to_builtins(planned.layout)
-        return {"layout": layout, "reason": planned.reason, "excluded": planned.excluded}
+        return answer
 
     def _end(self, *, leave: bool) -> dict[str, Any]:
         # After the answer is on its way: the server that carries it stops too.

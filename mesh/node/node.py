@@ -30,7 +30,7 @@ from mesh.node.equipment import Equipment
 from mesh.node.facts import OwnFacts
 from mesh.node.narrator import Narrator
 from mesh.node.pacing import Pacing
-from mesh.node.planning import Trial, answer_plan, tried
+from mesh.node.planning import Trial, answer_plan, describe_plan, tried
 from mesh.node.prepare import LocalModel
 from mesh.node.record import Record, save_record
 from mesh.node.shelf import Shelf
@@ -182,13 +182,13 @@ class Node:
         seen = self._membership.view()
         return build_status(self.facts, self.record.mesh, seen, self._election.status(), self.links.peers(), counts)
 
-    def plan_now(self, trial: Trial) -> election.Planned:
-        """What would be planned over the members of this moment; nothing is carried out."""
+    def plan_now(self, trial: Trial) -> dict[str, Any]:
+        """What would be planned over the members of this moment, and why; nothing is carried out."""
         seen = self._membership.view()
         # A layout that runs is kept when another is hardly better; one that is tried out has no such rights.
         current = self._election.status().layout if trial == Trial() else None
         request = election.NeedPlan(0, tried(seen.facts, self.key.id, trial), current, {}, seen.cuts)
-        return answer_plan(request, self.key.id, self.links.measured())
+        return describe_plan(request, self.key.id, self.links.measured())
 
     def find_member(self, name_or_id: str) -> NodeFacts | None:
         """A member by its id, the beginning of it, or its name when only one bears it."""

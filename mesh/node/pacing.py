@@ -31,7 +31,7 @@ class Pacing:
         found: takes what is known of a device by name, whenever that is more than before.
     """
 
-    def __init__(self, engine: Engine, wanted: str, found: Callable[[str, Measured], None]) -> None:
+    def __init__(self, engine: Engine, wanted: str, found: Callable[[str, Measured], object]) -> None:
         self._engine = engine
         first = weight_family(wanted) if wanted else FAMILIES[0]
         self._families = (first, *(family for family in FAMILIES if family != first))

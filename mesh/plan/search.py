@@ -147,6 +147,18 @@ class Search:
         alone = [ring for seats in options for seat in seats if (ring := self.solo(seat)) is not None]
         return min(alone, key=Ring.rank, default=None)
 
+    def hosted(self) -> Iterator[Ring]:
+        """For each machine the best ring that it would host, and what it would do alone."""
+        for options in self._all:
+            yield from (ring for seat in options if (ring := self.solo(seat)) is not None)
+        fastest = [seats[0] for seats in self._all]
+        rings: dict[NodeId, list[tuple[Seat, ...]]] = {}
+        for order in self.orders(fastest, 2, MAX_RING):
+            rings.setdefault(order[0].id, []).append(order)
+        for orders in rings.values():
+            if (ring := self.fastest(iter(orders), spread=False)) is not None:
+                yield ring
+
     def alone_ms(self) -> float | None:
         """The best that one machine alone would do."""
         solo = self._alone(self._all)
