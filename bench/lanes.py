@@ -1,6 +1,7 @@
 """What each lane costs between two processes of this machine: time to open a stream, echo of 8 KB, throughput.
 
     bin/bench lanes
+    bin/bench lanes --loop asyncio uvloop      (after: .venv/bin/pip install uvloop)
 
 The TLS, QUIC and Python of both ends and nothing else: no engine, no tunnel, no network. Lanes take turns.
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import importlib
+import itertools
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from mesh.clock import SystemClock
 from mesh.errors import MeshError
@@ -31,6 +35,8 @@ ECHO_BYTES = 8192
 CHUNK = 1 << 18
 ECHO, SINK = b"e", b"s"
 KEY = NodeKey.from_seed(hashlib.sha256(b"the listener of a measurement").digest())
+LOOPS = ("asyncio", "uvloop")
+T = TypeVar("T")
 Opener = Callable[[bytes], Awaitable[Stream]]
 
 
@@ -137,11 +143,10 @@ async def dial(address: str, options: argparse.Namespace) -> list[Lane]:
         return await tcp.dial(address, expect=KEY.id, ticket=bytes(TICKET_BYTES), opening=opening, timeout=5)
 
     try:
-        found = []
-        for _ in range(options.rounds):
-            found.append(await measure("quic", over_quic, options.trips, 20))
-            found.append(await measure("tcp", over_tcp, options.trips, 200))
-        return found
+        return [
+            await measure("quic", over_quic, options.trips, 20),
+            await measure("tcp", over_tcp, options.trips, 200),
+        ]
     finally:
         await tcp.close()
         await endpoint.close()
@@ -153,24 +158,37 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--trips", type=int, default=500, metavar="N", help="echoes per round")
+    parser.add_argument(
+        "--loop", nargs="+", default=["asyncio"], choices=LOOPS, help="event loops, in turns; uvloop must be installed"
+    )
     parser.add_argument("--listen", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.listen:
-        asyncio.run(listen())
+        run(listen(), options.loop[0])
         return 0
-    argv = [sys.executable, "-m", "bench.lanes", "--listen"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        found = asyncio.run(dial(other.stdout.readline().strip(), options))
-    print("| lane | open and one trip ms | 8 KB echo ms | p95 | CPU ms | MB/s |\n|------|---|---|---|---|---|")
-    for name in ("quic", "tcp"):
-        lanes = [lane for lane in found if lane.name == name]
+    found = {loop: list[Lane]() for loop in options.loop}
+    for _ in range(options.rounds):
+        for loop, lanes in found.items():
+            argv = [sys.executable, "-m", "bench.lanes", "--listen", "--loop", loop]
+            with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+                assert other.stdout is not None
+                lanes += run(dial(other.stdout.readline().strip(), options), loop)
+    print("| loop | lane | open and one trip ms | 8 KB echo ms | p95 | CPU ms | MB/s |\n|---|---|---|---|---|---|---|")
+    for loop, name in itertools.product(found, ("quic", "tcp")):
+        lanes = [lane for lane in found[loop] if lane.name == name]
         row = [
             statistics.median(getattr(lane, what) for lane in lanes)
             for what in ("open_ms", "echo_ms", "echo_p95_ms", "cpu_ms", "throughput")
         ]
-        print(f"| {name} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:.2f} | {row[4]:.0f} |")
+        print(f"| {loop} | {name} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:.2f} | {row[4]:.0f} |")
     return 0
+
+
+def run(work: Coroutine[Any, Any, T], loop: str) -> T:
+    """``asyncio.run`` on the event loop of that name."""
+    factory = importlib.import_module(loop).new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 
 from bench.measure import BenchError
-from bench.noise import write_noise
+from bench.noise import SHAPES, write_noise
 from mesh.models.demo import PRESETS, write_demo
 
 _FORGOTTEN_AFTER_S = 86400.0
@@ -23,11 +23,12 @@ def find_model(name: str, vocabularies: Path) -> Path:
         BenchError: none of them.
     """
     preset = name.removeprefix("noise-")
-    writer = write_demo if preset == name else write_noise
-    if preset not in PRESETS:
+    writer, presets = (write_demo, PRESETS) if preset == name else (write_noise, SHAPES)
+    if preset not in presets:
         path = Path(name).expanduser().absolute()
         if not path.is_file():
-            raise BenchError(f"{name} is no file and none of {', '.join(PRESETS)}, or noise- and one of them")
+            known = ", ".join([*PRESETS, *(f"noise-{shape}" for shape in SHAPES)])
+            raise BenchError(f"{name} is no file and none of {known}")
         return path
     directory = Path(platformdirs.user_cache_dir("mesh-bench", appauthor=False))
     directory.mkdir(parents=True, exist_ok=True)

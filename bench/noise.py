@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mesh.models import write
-from mesh.models.demo import PRESETS
+from mesh.models.demo import PRESETS, Preset
 from mesh.models.header import Counted, read_header
 
 HEAD = 64
+SHAPES = {**PRESETS, "large": Preset(22, 2048, 5632, 32, 4, 4096)}
+"""Those of the demo model, and one of 1.1 billion weights (1.2 GB): what a small machine just about carries."""
 _AT_ONCE = 1 << 16
 """Blocks."""
 
@@ -41,8 +43,8 @@ Q4_K = Kind("Q4_K", 12, 256, 144)
 
 
 def write_noise(path: Path, vocab: Path, preset: str) -> None:
-    """Write a Q8_0 llama with the shape of a preset of the demo model and the words of ``vocab``."""
-    shape = PRESETS[preset]
+    """Write a Q8_0 llama with one of :data:`SHAPES` and the words of ``vocab``."""
+    shape = SHAPES[preset]
     header = read_header(vocab)
     tokens = header.metadata["tokenizer.ggml.tokens"]
     assert isinstance(tokens, Counted)

@@ -47,6 +47,7 @@ CASES = {"solo": "lan", "lan": "lan", "blocked": "wan40"}
 GENERATION = {"solo": 0.98, "lan": 0.98, "blocked": 0.9}
 PROMPT = {"lan": 0.95, "blocked": 0.9}
 SOLO_FIRST_MS = 3.0
+FIRSTS = 5
 BARE = ("b", "v1", "v2", "v3")
 """Machines of the bare engine: they have the same cores as the mesh's, but paths of their own."""
 
@@ -170,8 +171,10 @@ def compare(case: str, workers: int, task: Task, options: argparse.Namespace) ->
 def _turn(setting: Setting, client: httpx.Client, options: argparse.Namespace, salt: int, texts: set[str]) -> Turn:
     answer: Answer = complete(client, setting.base_url, None, GENERATION_PROMPT, options.tokens)
     texts.add(answer.text)
+    # Of a prompt that the engine has just computed, so that what differs is the way to it and back.
+    first_s = [complete(client, setting.base_url, None, GENERATION_PROMPT, 1).first_s for _ in range(FIRSTS)]
     prompt = complete(client, setting.base_url, None, long_prompt(options.prompt_words, salt), 1)
-    return Turn(answer.ms_per_token, 1e3 * answer.first_s, prompt.prompt_tokens / prompt.first_s)
+    return Turn(answer.ms_per_token, 1e3 * statistics.median(first_s), prompt.prompt_tokens / prompt.first_s)
 
 
 def _paths(nodes: dict[str, MeshNode]) -> list[str]:
@@ -204,7 +207,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    add("--model", default="mid", metavar="demo|mid|noise-mid|PATH")
+    add("--model", default="mid", metavar="demo|mid|noise-mid|noise-large|PATH")
     add("--workers", type=int, nargs="+", default=[1, 2], metavar="N")
     add("--pairs", type=int, default=9, metavar="N", help="of questions to the mesh and to the bare engine")
     add("--tokens", type=int, default=64, metavar="N", help="generated per turn")

@@ -32,6 +32,7 @@ STUN_SERVERS = (
 STUN_VARIABLE = "MESH_STUN"
 """Environment: servers with commas between them, or ``none``."""
 RELAY_RATE = 2_000_000
+MAX_DRAIN_S = 600
 BACKENDS = ("auto", "cpu", "cuda", "metal", "vulkan", "rocm", "sycl")
 SPLITS = ("auto", "always", "never")
 WIRE_DTYPES = ("f32", "f16")
@@ -110,6 +111,8 @@ class Settings:
     stun: tuple[str, ...] = STUN_SERVERS
     """``HOST[:PORT]`` of servers that say where this node is seen; empty: nobody is asked."""
     wire_dtype: str = "f32"
+    drain_s: float = 10.0
+    """In which requests may finish before a planned change stops what answers them."""
     plain: bool = False
     json_logs: bool = False
 
@@ -133,6 +136,8 @@ class Settings:
             raise UsageError(
                 "--relay-only computes nothing, so it takes no model", remedy="leave out --model and --demo"
             )
+        if not 0 <= self.drain_s <= MAX_DRAIN_S:
+            raise UsageError(f"drain_s {self.drain_s:g} must be between 0 and {MAX_DRAIN_S} seconds")
         if self.relay_rate < 0 or (self.relay_only and not self.relay_rate):
             raise UsageError(f"relay_rate {self.relay_rate} is no rate to relay at", remedy='write it like "2MB"')
         if self.api_host not in ("127.0.0.1", "::1", "localhost") and self.api_key_file is None:
@@ -165,7 +170,13 @@ def load_settings(flags: Mapping[str, Any], config: Path | None) -> Settings:
 
 
 _SHAPE = re.compile(r"^Expected `(\w+).*`, got .* - at `\$\.(\w+)")
-_WORDS = {"int": "a whole number", "str": "text in quotes", "bool": "true or false", "array": "a list"}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text in quotes",
+    "bool": "true or false",
+    "array": "a list",
+}
 
 
 def _in_words(problem: str, values: Mapping[str, Any]) -> str:

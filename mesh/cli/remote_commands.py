@@ -18,6 +18,7 @@ from mesh.cli.remote import call, get_status
 from mesh.config import format_size
 from mesh.errors import EngineError, StateError
 from mesh.identity.pairing import read_code
+from mesh.node.departure import SHOW_AFTER_S, waiting_line
 from mesh.node.record import forget_record, load_record
 from mesh.node.statedir import Running, StateDir, command_for, find_process, find_running, is_alive
 
@@ -138,18 +139,24 @@ def _end(running: Running, how: str, state_dir: Path) -> None:
     Raises:
         StateError: it does not end within :data:`STOP_WITHIN_S`.
     """
+    drain_s = 0.0
     try:
         if not running.api_url:
             raise StateError("it answers nobody yet")
-        call(running, how, {})
+        drain_s = float(call(running, how, {}).get("drain_s", 0.0))
     except StateError:
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(running.pid).terminate()
-    deadline = time.monotonic() + STOP_WITHIN_S
+    began = time.monotonic()
+    deadline = began + STOP_WITHIN_S + drain_s
+    told = drain_s <= 0
     while is_alive(running):
+        if not told and time.monotonic() > began + SHOW_AFTER_S:
+            told = True
+            click.echo(waiting_line(drain_s), err=True)
         if time.monotonic() > deadline:
             raise StateError(
-                f"the node (pid {running.pid}) is still stopping after {STOP_WITHIN_S:.0f} s",
+                f"the node (pid {running.pid}) is still stopping after {time.monotonic() - began:.0f} s",
                 remedy=f"look at its log: {command_for(state_dir, 'logs')}",
             )
         time.sleep(0.05)

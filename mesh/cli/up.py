@@ -18,6 +18,7 @@ from mesh.cli.view import LoggedView, make_view
 from mesh.config import Settings, format_size
 from mesh.engine.cache import Engine
 from mesh.errors import MeshError, StateError
+from mesh.node.departure import Stop
 from mesh.node.enter import enter
 from mesh.node.newcomer import may_seek, seek
 from mesh.node.prepare import LocalModel, prepare_engine, prepare_model
@@ -96,15 +97,21 @@ async def _seek_until_stopped(settings: Settings, view: View) -> tuple[bool, Rec
 async def _until_stopped(
     settings: Settings, record: Record | None, engine: Engine | None, model: LocalModel | None, view: View
 ) -> None:
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_Surprises(view, _log_file(settings)))
 
     def asked() -> None:
         view.show(Notice("change", "stopping (again to stop at once)"))
-        stop.set()
+        stop.ask()
 
-    _on_interrupt(lambda: loop.call_soon_threadsafe(asked), view)
+    def again() -> bool:
+        if not stop.waits:
+            return False
+        loop.call_soon_threadsafe(stop.ask)
+        return True
+
+    _on_interrupt(lambda: loop.call_soon_threadsafe(asked), view, again)
     running = asyncio.ensure_future(run(settings, record, engine, model, view, stop))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -113,8 +120,8 @@ async def _until_stopped(
         await running
 
 
-def _on_interrupt(first: Callable[[], object], view: View) -> None:
-    """Call ``first`` for the first signal; end the process at the second.
+def _on_interrupt(first: Callable[[], object], view: View, again: Callable[[], bool] = lambda: False) -> None:
+    """Call ``first`` for the first signal; end the process at the second, unless ``again`` has something to cut short.
 
     Plain handlers, not the loop's: those are gone before the process is, and a late Ctrl-C would find Python's own.
     """
@@ -124,6 +131,8 @@ def _on_interrupt(first: Callable[[], object], view: View) -> None:
         nonlocal asks
         asks += 1
         if asks > 1:
+            if asks == 2 and again():
+                return
             view.close()
             os._exit(130)  # the engine dies with us: the kernel, or its guard, sees to that
         with contextlib.suppress(RuntimeError):  # the loop has ended by itself: so shall we
@@ -163,6 +172,7 @@ def _log_to(path: Path) -> None:
             f"cannot write the log {path}: {error.strerror}", remedy="check its permissions, or choose --state-dir DIR"
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.raiseExceptions = False  # a disk that is full costs the log, not the terminal
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

@@ -37,6 +37,8 @@ class Timing:
     """The host says this often that it serves, whoever may have missed or doubted it."""
     stable: float = 5.0
     """Serving this long ends a series of failures."""
+    drain: float = 10.0
+    """In which requests may finish before a layout that is well is stopped."""
 
     def start_limit(self, layout: Layout) -> float:
         return self.load + layout.model.size_bytes / self.load_bytes_per_second
@@ -79,6 +81,12 @@ def rightful(view: View) -> NodeId | None:
         return min(ids, default=None)
     cut = {node: sum(node in pair and pair[0] in ids and pair[1] in ids for pair in view.cuts) for node in ids}
     return min(ids, key=lambda node: (cut[node], node), default=None)
+
+
+def is_leaving(view: View, layout: Layout | None) -> bool:
+    """Whether a machine that ``layout`` needs is about to leave."""
+    going = {facts.id for facts in view.facts if facts.draining}
+    return layout is not None and any(share.id in going for share in layout.ring)
 
 
 def concerns(facts: NodeFacts) -> Hashable:
@@ -124,7 +132,7 @@ class Coordination:
         times = [self._accept_by, self.holds.next_end(now)]
         times.append(self._agenda.at if self._request is None else self._request.at + self._timing.plan)
         if self._following.layout is not None and self._following.phase(view) is Phase.STARTING:
-            times.append(self._following.since + self._timing.start_limit(self._following.layout))
+            times.append(self._start_by(self._following.layout))
         return [at for at in times if at is not None]
 
     # -- what happened -------------------------------------------------------------------------------------------------
@@ -192,12 +200,20 @@ class Coordination:
         broken = following.broken(view)
         if broken and self._request is None:
             self._cause = broken
-            self._agenda.soon(self._retry_at if following.failure_counted else now)
+            self._agenda.soon(self._retry_at if following.failure_counted else self._missed_at(view, now))
         elif is_idle and following.epoch != NO_EPOCH and self.seen > following.epoch:
             self.gather(now)
         if self._request is None and self._agenda.is_due(now):
             return self._ask(view, signature, self.holds.held(now), now)
         return None
+
+    def _missed_at(self, view: View, now: float) -> float:
+        """When ring members that are not in count as lost: whom this node never met may still be on its way."""
+        lost = self._following.lost(view)
+        known = {gone.facts.id for gone in view.departed}
+        if lost and not self._following.downs and known.isdisjoint(lost):
+            return max(now, self._following.since + self._timing.start_settle)
+        return now
 
     def _note_change(self, view: View, signature: _Signature, now: float) -> None:
         noticed, self._noticed = self._noticed, signature
@@ -207,7 +223,7 @@ class Coordination:
             self.backoff.forget()
             self._retry_at = now
         layout = self._following.layout
-        if layout is not None and any(f.draining and any(f.id == m.id for m in layout.ring) for f in view.facts):
+        if is_leaving(view, layout):
             self._cause = "a machine is about to leave"
             self._agenda.soon(now)
         elif self._following.epoch == NO_EPOCH and first:
@@ -228,11 +244,15 @@ class Coordination:
                 until = now + 5 * self._timing.accept
                 self.holds.hold(member.id, f"{member.name} does not answer the coordinator", until)
                 following.overdue = f"{member.name} did not accept epoch {following.epoch.number}"
-        limit = self._timing.start_limit(layout)
-        if following.phase(view) is Phase.STARTING and now >= following.since + limit:
-            following.overdue = f"not served within {limit:.0f} s"
+        if following.phase(view) is Phase.STARTING and now >= self._start_by(layout):
+            following.overdue = f"not served within {now - following.since:.0f} s"
         if following.overdue:
             self.failed(following.overdue, now)
+
+    def _start_by(self, layout: Layout) -> float:
+        """What the layout takes the place of may drain first."""
+        following = self._following
+        return following.since + following.propose.drain_s + self._timing.start_limit(layout)
 
     def _signature(self, view: View, now: float) -> _Signature:
         able = [facts for facts in view.facts if facts.role == "worker"]
@@ -278,7 +298,9 @@ class Coordination:
         self.excluded = {**answer.excluded, **request.excluded}
         reason = "; ".join(part for part in (request.cause, answer.reason) if part)[:1024]
         keep = self._running(view)
-        if keep is not None and (layout is None or keep.layout is None or layout.shape() == keep.layout.shape()):
+        if keep is not None and (keep.layout is None or (layout is not None and layout.shape() == keep.layout.shape())):
+            return self._keep(keep)
+        if keep is not None and layout is None and not is_leaving(view, keep.layout):
             return self._keep(keep)
         if layout is not None and self.backoff.is_exhausted(layout.shape()):
             reason = f"FAILED: {self.backoff.story(layout.shape())}"[:1024]
@@ -286,7 +308,8 @@ class Coordination:
         mine = self._following
         if layout is None and mine.layout is None and mine.propose.reason == reason and self.seen == mine.epoch:
             return None
-        return Propose(self._next_epoch(), layout, reason, self.excluded)
+        drain_s = mine.time_to_drain(self._timing.drain, view, now)
+        return Propose(self._next_epoch(), layout, reason, self.excluded, drain_s=drain_s)
 
     def _keep(self, keep: Propose) -> Propose | None:
         mine = self._following.propose
@@ -294,7 +317,9 @@ class Coordination:
             return None
         if keep.epoch > mine.epoch and keep.epoch >= self.seen:
             return keep
-        return Propose(self._next_epoch(), keep.layout, keep.reason, self.excluded, lifts=keep.epoch)
+        # Whoever ran another one until now may finish what that has begun.
+        drain_s = self._timing.drain
+        return Propose(self._next_epoch(), keep.layout, keep.reason, self.excluded, lifts=keep.epoch, drain_s=drain_s)
 
     def _next_epoch(self) -> Epoch:
         return Epoch(max(self.seen, self._following.epoch).number + 1, self._me)

@@ -366,14 +366,16 @@ class Election:
         following, coordination = self._following, self._coordination
         coordination.seen = max(coordination.seen, propose.epoch)
         known = max(following.epoch, self._floor).number
-        lifted = following.adopt(propose, now)
+        drain_s = 0.0 if self._view is None else following.time_to_drain(propose.drain_s, self._view, now)
+        lifted = following.adopt(propose, now, drain_s)
         if self._view is not None:
             following.note_boots(self._view)
         self._claims.settle(propose.epoch)
         self._stand_in.end()
         if propose.epoch.number > known:
             self._out.append(Remember(propose.epoch.number))
-        self._out.append(Adopt(propose.epoch, propose.layout, propose.reason, propose.lifts if lifted else NO_EPOCH))
+        lifts = propose.lifts if lifted else NO_EPOCH
+        self._out.append(Adopt(propose.epoch, propose.layout, propose.reason, lifts, 0.0 if lifted else drain_s))
         if lifted:
             # Others may come from elsewhere and know nothing of what went on under the old number.
             for peer in self._view.facts if self._view is not None else ():

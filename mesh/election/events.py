@@ -123,6 +123,8 @@ class Adopt:
     layout: Layout | None
     reason: str
     lifts: Epoch = NO_EPOCH
+    drain_s: float = 0.0
+    """What runs is well: it may first finish what it has begun, for so many seconds. Its end is this node's to see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +145,10 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Unserved:
-    """Requests must wait. Only after :class:`Served`."""
+    """Requests must wait; those under way have ``drain_s`` seconds to finish. Only after :class:`Served`."""
 
     reason: str
+    drain_s: float = 0.0
 
 
 Effect = Send | Broadcast | NeedPlan | Remember | Adopt | WorkersReady | Served | Unserved

@@ -55,6 +55,8 @@ class Following:
         self.overdue = ""
         """Why the coordinator gave up on the start."""
         self.failure_counted = False
+        self.drains_until = float("-inf")
+        """Until then what was followed before may still answer requests here."""
         self._boots: dict[NodeId, int] = {}
 
     @property
@@ -73,7 +75,17 @@ class Following:
         """Whether ``epoch`` names what is followed, be it by an earlier number."""
         return epoch == self.epoch or epoch in self.aliases
 
-    def adopt(self, propose: Propose, now: float) -> bool:
+    def time_to_drain(self, at_most: float, view: View, now: float) -> float:
+        """For how many seconds what is followed may finish its requests if something else is followed now.
+
+        Only a layout that serves has any, or one that was left to its drain before; what is broken is not waited for.
+        """
+        if self.broken(view):
+            return 0.0
+        left = at_most if self.phase(view) is Phase.SERVING else self.drains_until - now
+        return max(0.0, min(left, at_most))
+
+    def adopt(self, propose: Propose, now: float, drain_s: float = 0.0) -> bool:
         """Follow ``propose`` from now on; True when it only renumbers what was followed before."""
         old = self.propose
         lifted = (
@@ -90,6 +102,7 @@ class Following:
         else:
             self._clear()
             self.since = now
+            self.drains_until = now + drain_s
         self.propose = propose
         return lifted
 

@@ -30,7 +30,9 @@ class Routing:
             self._since = now if self._since is None else self._since
         else:
             self._since, self.is_stable = None, False
-        return self._tell(served, following.broken(view) or following.propose.reason)
+        broken = following.broken(view)
+        drain_s = 0.0 if broken else max(0.0, following.drains_until - now)
+        return self._tell(served, broken or following.propose.reason, drain_s)
 
     def close(self, reason: str) -> list[Served | Unserved]:
         return self._tell(None, reason)
@@ -46,8 +48,8 @@ class Routing:
     def stable_at(self) -> float | None:
         return None if self._since is None or self.is_stable else self._since + self._stable_after
 
-    def _tell(self, served: Served | None, reason: str) -> list[Served | Unserved]:
+    def _tell(self, served: Served | None, reason: str, drain_s: float = 0.0) -> list[Served | Unserved]:
         if served == self.served:
             return []
         self.served = served
-        return [Unserved(reason) if served is None else served]
+        return [Unserved(reason, drain_s) if served is None else served]

@@ -63,6 +63,13 @@ class View:
     def facts(self) -> tuple[NodeFacts, ...]:
         return tuple(m.facts for m in self.members)
 
+    def named(self, name_or_id: str) -> NodeFacts | None:
+        """The one that is or was in, by its id, the beginning of it, or its name when only one bears it."""
+        known = (*self.facts, *(gone.facts for gone in self.departed))
+        found = [facts for facts in known if facts.id == name_or_id or facts.name == name_or_id]
+        found = found or [facts for facts in known if len(name_or_id) >= 4 and facts.id.startswith(name_or_id)]
+        return found[0] if len(found) == 1 else None
+
     @property
     def unreachable(self) -> frozenset[NodeId]:
         """Members that take part but that this node cannot reach."""

@@ -150,4 +150,4 @@ class Control:
     def _end(self, *, leave: bool) -> dict[str, Any]:
         # After the answer is on its way: the server that carries it stops too.
         asyncio.get_running_loop().call_later(0.1, self._stop, leave)
-        return {"stopping": True}
+        return {"stopping": True, "drain_s": self._node.drain_s}

@@ -105,6 +105,10 @@ class OwnFacts:
         """This node is reached at ``addresses`` from now on."""
         self._renew(addresses=addresses)
 
+    def leaves(self) -> None:
+        """This node is about to go."""
+        self._renew(draining=True)
+
     def facts(self, models: tuple[ModelCost, ...]) -> NodeFacts:
         """The facts as they are now."""
         devices = tuple(self._speeds.get(device.name, _UNKNOWN).on(device) for device in self._devices)

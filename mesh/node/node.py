@@ -18,6 +18,7 @@ import mesh.membership.events as membership
 import mesh.supervise.events as supervise
 from mesh.clock import Clock
 from mesh.config import Settings
+from mesh.election.coordinate import Timing
 from mesh.election.core import Election
 from mesh.engine.cache import Engine
 from mesh.engine.speed import Measured
@@ -32,14 +33,14 @@ from mesh.node.narrator import Narrator
 from mesh.node.pacing import Pacing
 from mesh.node.planning import Trial, answer_plan, describe_plan, tried
 from mesh.node.prepare import LocalModel
-from mesh.node.record import Record, save_record
+from mesh.node.record import Ledger, Record
 from mesh.node.shelf import Shelf
 from mesh.node.statedir import command_for
 from mesh.node.status import Counts, build_status
+from mesh.node.underway import UnderWay
 from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
 from mesh.proxy.ingress import Proxy
-from mesh.proxy.tcp import open_tcp
 from mesh.proxy.upstream import Route
 from mesh.pump import Pump
 from mesh.supervise.core import State
@@ -102,6 +103,7 @@ class Node:
         self.view = view
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
+        self._ledger = Ledger(settings.state_dir, view.show)
         self._shelf = Shelf(model, engine, view, self._tell_facts)
         self.whereabouts = Whereabouts(settings, endpoint, bound, clock, self._moved)
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
@@ -110,8 +112,11 @@ class Node:
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
         self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
-        self._election = Election(key.id, seen=record.epoch, jitter=random.random())  # noqa: S311 - spreads retries
-        self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock)
+        spread = random.random()  # noqa: S311 - of retries
+        timing = Timing(drain=settings.drain_s)
+        self._election = Election(key.id, seen=record.epoch, jitter=spread, timing=timing)
+        self._members = Pump(self._membership, self._membership_effect, membership.Tick, clock, after=self._tell_view)
+        self._view_is_old = False
         self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
         self.links = self._make_links(endpoint, tcp)
         self.proxy = Proxy(clock)
@@ -119,6 +124,7 @@ class Node:
         self._worker_tunnel = WorkerTunnel(self._rpc_endpoint, self._election.may_carry)
         self._pushes = PushTunnels(self.links.open_bulk, self._rpc_endpoint, self._election.may_push)
         self._http_tunnel = HttpTunnel(lambda epoch: self._runner.http_port(self._engine_epoch(epoch)))
+        self._under_way = UnderWay(self._http_tunnel)
         threads, gpu_layers = self.facts.threads, settings.gpu_layers
         equipment = Equipment(key.id, engine, self._shelf.file, threads, gpu_layers, settings.wire_dtype)
         self._runner = EngineRunner(
@@ -132,6 +138,7 @@ class Node:
             clock=clock,
             tell_host=self._rpc_server_listens,
             announce=self._engine_says,
+            unused=self._under_way.none,
         )
         self._launched: Epoch = NO_EPOCH
         """The number under which the engine was started; a layout may go on under newer ones."""
@@ -192,11 +199,7 @@ class Node:
 
     def find_member(self, name_or_id: str) -> NodeFacts | None:
         """A member by its id, the beginning of it, or its name when only one bears it."""
-        seen = self._membership.view()
-        known = (*seen.facts, *(gone.facts for gone in seen.departed))
-        found = [facts for facts in known if facts.id == name_or_id or facts.name == name_or_id]
-        found = found or [facts for facts in known if len(name_or_id) >= 4 and facts.id.startswith(name_or_id)]
-        return found[0] if len(found) == 1 else None
+        return self._membership.view().named(name_or_id)
 
     def narrate(self, api_url: str, make_invite: Callable[[], dict[str, Any]] | None) -> None:
         """Where people find this node's API, and how they let the next machine in."""
@@ -221,6 +224,23 @@ class Node:
         self._spawn(self._refresh())
         self._spawn(self._watch_links())
 
+    @property
+    def drain_s(self) -> float:
+        """How long requests may take that need what runs here, if this node is to go; 0: there can be none."""
+        elected = self._election.status()
+        carries = elected.layout is not None and any(member.id == self.key.id for member in elected.layout.ring)
+        busy = self._runner.state is State.DRAINING or (carries and elected.state == "serving")
+        return self.settings.drain_s if busy else 0.0
+
+    def announce_departure(self) -> None:
+        """This node is about to go: let the others plan without it."""
+        self._own.leaves()
+        self._tell_facts()
+
+    async def unneeded(self) -> None:
+        """Return once nothing runs here for the mesh."""
+        await self._runner.idle()
+
     async def stop(self, reason: str) -> None:
         """Say good-bye, end the engine, close every link. Nothing of this node runs when it returns."""
         if self._stopping:
@@ -243,7 +263,7 @@ class Node:
         """Write down who belongs and where they are."""
         roster = self.links.roster
         self.record = self.record.grown(roster, self.links.members)
-        save_record(self.settings.state_dir, self.record)
+        self._ledger.write(self.record)
 
     # -- links -> membership -> election -------------------------------------------------------------------------------
 
@@ -286,7 +306,14 @@ class Node:
                 self.links.drop(effect.node, effect.reason)
         if isinstance(effect, membership.MemberAlive | membership.MemberFacts):
             self._shelf.look_for(effect.facts.models)
-        self._electing.feed(election.ViewChanged(seen))
+        self._view_is_old = True
+
+    def _tell_view(self) -> None:
+        # Only after all effects of a batch: a newcomer must hear who is in before it hears what runs, or it takes
+        # members it does not know yet for lost.
+        if self._view_is_old:
+            self._view_is_old = False
+            self._electing.feed(election.ViewChanged(self._membership.view()))
 
     # -- election -> engine and proxy ----------------------------------------------------------------------------------
 
@@ -300,7 +327,7 @@ class Node:
                 self._electing.feed(answer_plan(effect, self.key.id, self.links.measured()))
             case election.Remember(number):
                 self.record = self.record.at(number)
-                save_record(self.settings.state_dir, self.record)
+                self._ledger.write(self.record)
             case election.Adopt():
                 self._adopt(effect)
             case election.WorkersReady(epoch):
@@ -308,17 +335,17 @@ class Node:
                     self._runner.post(supervise.MemberReady(worker, self._engine_epoch(epoch)))
             case election.Served():
                 self._serve(effect)
-            case election.Unserved(reason):
+            case election.Unserved(reason, drain_s):
                 self._narrator.unserved(reason)
-                self._unserve(reason)
+                self._unserve(reason, drain_s)
 
     def _adopt(self, adopt: election.Adopt) -> None:
         self._narrator.adopted(adopt)
         if adopt.lifts != NO_EPOCH:
             return  # the same layout under a new number: what runs goes on
         self._launched = adopt.epoch
-        self._unserve(adopt.reason or "the engine is starting")
-        self._runner.post(supervise.Adopt(adopt.epoch, adopt.layout))
+        self._unserve(adopt.reason or "the engine is starting", adopt.drain_s)
+        self._runner.post(supervise.Adopt(adopt.epoch, adopt.layout, adopt.drain_s))
 
     def _serve(self, served: election.Served) -> None:
         layout = self._election.status().layout
@@ -327,15 +354,16 @@ class Node:
         async def open_engine() -> Stream:
             if served.host == self.key.id:
                 port = self._runner.http_port(self._engine_epoch(served.epoch))
-                return await open_tcp("127.0.0.1", port or 0)
+                return await self._under_way.open(port or 0)
             return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
 
-        self.proxy.serve(Route(served.epoch, served.host, served.api_key, layout.model.name, open_engine))
+        # By the number it was started under: a layout that is only renumbered keeps its requests.
+        self.proxy.serve(Route(self._launched, served.host, served.api_key, layout.model.name, open_engine))
         self._narrator.served(layout)
 
-    def _unserve(self, reason: str) -> None:
+    def _unserve(self, reason: str, drain_s: float) -> None:
         layout = self._election.status().layout
-        self.proxy.unserve(reason, model_name=None if layout is None else layout.model.name)
+        self.proxy.unserve(reason, drain_s=drain_s, model_name=None if layout is None else layout.model.name)
 
     def _engine_epoch(self, epoch: Epoch) -> Epoch:
         return self._launched if self._election.covers(epoch) else epoch
@@ -391,10 +419,11 @@ class Node:
         self._members.feed(membership.FactsChanged(self.facts))
 
     async def _refresh(self) -> None:
-        """Look at free memory while nothing of ours is in it, and tell when it has really changed."""
+        """Look at free memory while nothing of ours is in it, and tell when it has really changed; and at the disks."""
         while True:
             await asyncio.sleep(REFRESH_S)
             self._shelf.look_again()
+            self._ledger.again()
             if self._runner.state is State.IDLE and self._own.measure():
                 self._tell_facts()
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from mesh.errors import StateError
 from mesh.identity.grants import Roster, found_mesh
 from mesh.identity.key import NodeKey
 from mesh.identity.store import load, save
 from mesh.membership.join import JoinResult
+from mesh.notice import Notice
 from mesh.wire.facts import MeshId
 from mesh.wire.messages import Grant, MemberAddress, Revocation
 
 RECORD_FILE = "mesh.json"
+log = logging.getLogger(__name__)
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -68,6 +73,43 @@ def load_record(state_dir: Path) -> Record | None:
 
 def save_record(state_dir: Path, record: Record) -> None:
     save(state_dir / RECORD_FILE, record)
+
+
+class Ledger:
+    """Keeps a running node's record on its disk.
+
+    A disk that takes nothing, a full one say, costs what should have been written, not the node: a person is told once,
+    and :meth:`again` tries anew. Until then a crash would bring back an older record.
+
+    Args:
+        tell: shows a notice to people.
+    """
+
+    def __init__(self, state_dir: Path, tell: Callable[[Notice], None]) -> None:
+        self._state_dir = state_dir
+        self._tell = tell
+        self._unwritten: Record | None = None
+
+    def write(self, record: Record) -> None:
+        """Put ``record`` on disk, now or later."""
+        failed_before = self._unwritten is not None
+        try:
+            save_record(self._state_dir, record)
+        except StateError as error:
+            self._unwritten = record
+            log.warning("%s", error.message)
+            if not failed_before:
+                text = f"{error.message}; this node goes on, and tries again until it can"
+                self._tell(Notice("warning", text, {"remedy": error.remedy}))
+            return
+        self._unwritten = None
+        if failed_before:
+            self._tell(Notice("change", f"{self._state_dir} can be written again; nothing is lost"))
+
+    def again(self) -> None:
+        """Try to write what could not be written."""
+        if self._unwritten is not None:
+            self.write(self._unwritten)
 
 
 def forget_record(state_dir: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from mesh.engine.cache import Engine
 from mesh.errors import StateError, TransportError, UsageError
 from mesh.identity.key import NodeKey
 from mesh.node.control import Control
+from mesh.node.departure import Stop, hand_over
 from mesh.node.neighbours import Neighbours
 from mesh.node.node import Node
 from mesh.node.prepare import LocalModel
@@ -34,7 +34,7 @@ async def run(
     engine: Engine | None,
     model: LocalModel | None,
     view: View,
-    stop: asyncio.Event,
+    stop: Stop,
 ) -> None:
     """Be a member until ``stop`` is set, or a command says so.
 
@@ -84,6 +84,7 @@ async def run(
             await neighbours.start(bound)
         write_running(settings.state_dir, this_process(f"http://{api}", token))
         await stop.wait()
+        await hand_over(node, stop, view)
     ending.finish(settings.state_dir)
 
 
@@ -106,17 +107,18 @@ def _let_in(door: list[Node], connection: Connection) -> None:
 class _Ending:
     """Why the node ends."""
 
-    def __init__(self, stop: asyncio.Event) -> None:
+    def __init__(self, stop: Stop) -> None:
         self._stop = stop
         self._leaves = False
         self._expelled: str | None = None
 
     def told(self, leave: bool) -> None:
-        self._leaves = leave
-        self._stop.set()
+        self._leaves |= leave
+        self._stop.ask()
 
     def expelled(self, reason: str) -> None:
         self._expelled = reason
+        self._stop.at_once.set()
         self._stop.set()
 
     def finish(self, state_dir: Path) -> None:

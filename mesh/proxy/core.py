@@ -156,11 +156,9 @@ class Core:
 
     def _serve(self, event: Served, now: float) -> list[Effect]:
         self._route = _Route(event.epoch, event.model_name)
-        self._drain_until = None
         effects: list[Effect] = []
-        for request in self._under_way():
-            if request.epoch != event.epoch:
-                effects += self._take_back(request, "the layout changed", now)
+        if self._drain_until is None:  # else what the last layout has begun keeps its time
+            effects += self._take_back_all("the layout changed", now)
         for request in self._held():
             request.tries = 0
             effects += self._dispatch(request, now)
@@ -186,8 +184,11 @@ class Core:
         return effects
 
     def _take_back_all(self, reason: str, now: float) -> list[Effect]:
+        """Whatever is under way, but for what the layout served now was asked."""
         self._drain_until = None
-        return [effect for request in self._under_way() for effect in self._take_back(request, reason, now)]
+        current = None if self._route is None else self._route.epoch
+        lost = [request for request in self._under_way() if request.epoch != current]
+        return [effect for request in lost for effect in self._take_back(request, reason, now)]
 
     def _take_back(self, request: _Request, reason: str, now: float) -> list[Effect]:
         return [Abandon(request.id, request.attempt), *self._lose(request, Loss.BROKEN, reason, now)]

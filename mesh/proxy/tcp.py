@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 from mesh.errors import TransportError
+from mesh.transport.lane import Sink
 
 
 class TcpStream:
@@ -39,9 +41,20 @@ class TcpStream:
         except (OSError, RuntimeError) as error:
             raise TransportError(f"the connection broke: {error}") from error
 
+    def write_now(self, data: bytes) -> bool:
+        return False
+
+    def pass_to(self, sink: Sink | None) -> None:
+        """HTTP is read by its parser alone."""
+
     async def write_eof(self) -> None:
         if self._writer.can_write_eof() and not self._writer.transport.is_closing():
             self._writer.write_eof()
+
+    async def wait_closed(self) -> None:
+        """Return once the connection is gone, for whatever cause."""
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     def abort(self, code: int = 0) -> None:
         self._writer.transport.abort()

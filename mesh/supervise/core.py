@@ -2,11 +2,18 @@
 
     IDLE -> WORKER_STARTING -> WORKING                                     this node is a worker of the layout
     IDLE -> GATHERING -> OPENING -> LAUNCHING -> LOADING -> SERVING        this node is its host
+    SERVING or WORKING -> DRAINING -> STOPPING                             a newer layout that was planned: who uses
+                                                                           the engine may finish, for a time
     any of these -> STOPPING -> the next epoch, or IDLE                    a newer layout, or a failure
     any -> CLOSING -> CLOSED                                               the node goes
 
 Everything of an older epoch is gone before anything of a newer one starts: the memory must be free. Events carry the
 epoch they belong to, so what arrives late from an engine that was replaced is dropped before the table is asked.
+
+A drain needs no word between nodes. A host sees every request that its llama-server answers, and stops it after the
+last one; a worker sees its host's connection end, for that reason or because the host died, and stops after it. Either
+has the time it was given, on its own clock. Whatever fails meanwhile ends the drain, and is no failure of the next
+epoch.
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ from mesh.supervise.events import (
     Adopt,
     AnnounceServing,
     Answered,
+    AwaitDrain,
+    Drained,
     Effect,
     EngineFailed,
     Event,
@@ -58,12 +67,13 @@ class State(Enum):
     LAUNCHING = "starting llama-server"
     LOADING = "loading"
     SERVING = "serving"
+    DRAINING = "finishing requests"
     STOPPING = "stopping"
     CLOSING = "closing"
     CLOSED = "closed"
 
 
-RUNNING = frozenset(State) - {State.IDLE, State.STOPPING, State.CLOSING, State.CLOSED}
+RUNNING = frozenset(State) - {State.IDLE, State.DRAINING, State.STOPPING, State.CLOSING, State.CLOSED}
 """States in which something of the current epoch is alive or being made."""
 HOSTING = frozenset({State.GATHERING, State.OPENING, State.LAUNCHING, State.LOADING, State.SERVING})
 
@@ -163,6 +173,28 @@ class EngineCore:
             self._enter(State.WORKER_STARTING, now + self._limits.rpc_start_s)
             return [StartRpcServer(event.epoch, layout)]
         return []
+
+    def _let_finish(self, event: Adopt, now: float) -> list[Effect]:
+        if event.epoch <= self._epoch or event.drain_s <= 0:
+            return self._replace(event, now)
+        hosting = self._state is State.SERVING
+        self._next = event
+        self._enter(State.DRAINING, now + event.drain_s)
+        return [AwaitDrain(self._epoch, hosting)]
+
+    def _let_finish_still(self, event: Adopt, now: float) -> list[Effect]:
+        assert self._next is not None and self._deadline is not None
+        if event.epoch <= self._next.epoch:
+            return []
+        self._next = event
+        if event.drain_s <= 0:
+            return self._end_drain(event, now)
+        self._deadline = min(self._deadline, now + event.drain_s)
+        return []
+
+    def _end_drain(self, event: Event, now: float) -> list[Effect]:
+        self._enter(State.STOPPING, now + self._limits.stop_s)
+        return [StopEngine()]
 
     def _replace(self, event: Adopt, now: float) -> list[Effect]:
         if event.epoch <= self._epoch:
@@ -276,6 +308,8 @@ class EngineCore:
                 return self._fail(f"the tunnels did not open within {self._limits.tunnels_s:.0f} s", now)
             case State.LAUNCHING:
                 return self._fail(f"llama-server did not listen within {self._limits.launch_s:.0f} s", now)
+            case State.DRAINING:
+                return self._end_drain(Tick(), now)
             case State.LOADING:
                 return self._fail(f"no token and no progress for {self._limits.load_stall_s:.0f} s", now)
             case _:
@@ -326,14 +360,23 @@ def _table() -> dict[tuple[State, type[Any]], Transition]:
             table[state, event] = transition
 
     every = frozenset(State)
-    resting = every - RUNNING
+    resting = every - RUNNING - {State.DRAINING}
     # Whatever an engine still says while it is taken down, or has been, changes nothing.
-    late = (ProcessStarted, ProcessExited, EngineFailed, TunnelsOpen, TunnelFailed, HostConnected, Answered, LoadSeen)
+    late = (
+        ProcessStarted, ProcessExited, EngineFailed, TunnelsOpen, TunnelFailed, HostConnected, Answered, Drained,
+        LoadSeen,
+    )  # fmt: skip
     for event in late:
         on(resting, event, core._ignore)
 
     on({State.IDLE}, Adopt, core._begin)
     on(RUNNING, Adopt, core._replace)
+    on({State.SERVING, State.WORKING}, Adopt, core._let_finish)
+    on({State.DRAINING}, Adopt, core._let_finish_still)
+    for event in (Drained, ProcessExited, EngineFailed, TunnelFailed):
+        on({State.DRAINING}, event, core._end_drain)
+    for event in (HostConnected, LoadSeen):
+        on({State.DRAINING}, event, core._ignore)
     on({State.STOPPING}, Adopt, core._supersede)
     on({State.CLOSING, State.CLOSED}, Adopt, core._ignore)
     on(every, MemberReady, core._note_ready)

@@ -17,6 +17,8 @@ class Adopt:
 
     epoch: Epoch
     layout: Layout | None
+    drain_s: float = 0.0
+    """What runs until now may finish its requests first, for so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,13 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
+class Drained:
+    """Nobody uses the engine any more: no request is under way on a host, no host is connected to a worker."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
 class LoadSeen:
     """Bytes of weights this node's engine has read, of all it will."""
 
@@ -119,7 +128,7 @@ class Shutdown:
 
 Event = (
     Adopt | MemberReady | MemberLoading | ProcessStarted | ProcessExited | EngineFailed | TunnelsOpen | TunnelFailed
-    | HostConnected | Answered | LoadSeen | Stopped | Tick | Shutdown
+    | HostConnected | Answered | Drained | LoadSeen | Stopped | Tick | Shutdown
 )  # fmt: skip
 
 # -- effects ---------------------------------------------------------------------------------------------------------
@@ -128,6 +137,14 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class StopEngine:
     """End every process and tunnel, cancel every step under way, then say :class:`Stopped`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitDrain:
+    """Say :class:`Drained` once nobody uses the engine of ``epoch``; nothing new is let in any more."""
+
+    epoch: Epoch
+    hosting: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +202,6 @@ class ReportProgress:
 
 
 Effect = (
-    StopEngine | StartRpcServer | OpenTunnels | StartLlamaServer | ProbeToken
+    StopEngine | AwaitDrain | StartRpcServer | OpenTunnels | StartLlamaServer | ProbeToken
     | TellHost | AnnounceServing | ReportDown | ReportProgress
 )  # fmt: skip

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from mesh.errors import EngineError
 from mesh.supervise.output import Output
@@ -134,7 +134,7 @@ class PipedChild(asyncio.SubprocessProtocol):
     # what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.SubprocessTransport)
+        transport = cast(asyncio.SubprocessTransport, transport)
         self.transport = transport
 
     def pipe_data_received(self, fd: int, data: bytes | str) -> None:

@@ -19,6 +19,8 @@ from mesh.supervise.core import Deadlines, EngineCore, State
 from mesh.supervise.events import (
     AnnounceServing,
     Answered,
+    AwaitDrain,
+    Drained,
     Effect,
     EngineFailed,
     Event,
@@ -66,6 +68,7 @@ class WorkerSide(Protocol):
 
     on_connected: Callable[[Epoch], None]
 
+    async def idle(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -91,6 +94,10 @@ ServerCommand = Callable[[Layout, int, Sequence[str], bytes, str], Command]
 Outgoing = WorkerReady | Serving | EngineDown | LoadProgress
 
 
+async def _at_once() -> None:
+    """Nobody asks our llama-server for anything."""
+
+
 @dataclass(slots=True)
 class _Keys:
     """The secrets of one epoch. They never leave memory but for the child's environment."""
@@ -114,6 +121,7 @@ class EngineRunner:
         announce: send to all members (:class:`Serving`, :class:`EngineDown`, :class:`LoadProgress`) and handle here
             as if received.
         make_secret: 32 random bytes, anew for each epoch and use.
+        unused: returns once no request is under way on our llama-server.
     """
 
     def __init__(
@@ -134,8 +142,10 @@ class EngineRunner:
         make_secret: Callable[[], bytes] = lambda: secrets.token_bytes(32),
         probe: Callable[[int, str], Awaitable[None]] = first_token,
         environment: Mapping[str, str] | None = None,
+        unused: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         self._me = me
+        self._unused = unused
         self._core = EngineCore(me, deadlines)
         self._changed = asyncio.Event()
         self._pump = Pump(self._core, self._carry_out, Tick, clock, after=self._changed.set)
@@ -222,6 +232,10 @@ class EngineRunner:
         """Tell the core. Callable from callbacks it caused itself: events are handled one after another."""
         self._pump.feed(event)
 
+    async def idle(self) -> None:
+        """Return once no engine of ours runs, drains or stops."""
+        await self._until(lambda: self._core.state in (State.IDLE, State.CLOSED))
+
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()
@@ -234,6 +248,8 @@ class EngineRunner:
                     self._stopping = asyncio.ensure_future(self._stop_engine())
                 else:
                     self._kill_children()
+            case AwaitDrain(epoch, hosting):
+                self._step(epoch, self._await_drain(epoch, hosting))
             case StartRpcServer(epoch, layout):
                 self._step(epoch, self._start_rpc_server(epoch, layout))
             case OpenTunnels(epoch, workers):
@@ -290,6 +306,13 @@ class EngineRunner:
     async def _probe_token(self, epoch: Epoch) -> None:
         await self._probe(self._ports[ProcessKind.SERVER], self._keys_of(epoch).api)
         self.post(Answered(epoch))
+
+    async def _await_drain(self, epoch: Epoch, hosting: bool) -> None:
+        if hosting:
+            await self._unused()
+        elif self._worker_side is not None:
+            await self._worker_side.idle()
+        self.post(Drained(epoch))
 
     async def _run(self, epoch: Epoch, kind: ProcessKind, command: Callable[[int], Command]) -> None:
         """Start a process, say that it listens, and stay until it ends."""

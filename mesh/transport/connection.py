@@ -57,6 +57,7 @@ class PeerConnection:
         self._loop = asyncio.get_running_loop()
         self._streams: dict[int, QuicStream] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._transmit_soon: asyncio.Handle | None = None
         self._gone = False
         self._reason = ""
@@ -255,10 +256,11 @@ class PeerConnection:
             return
         timer = self._timer
         # A timer that fires too early costs one look; one cancelled and set for each packet costs more.
-        if timer is None or timer.when() > at:
+        # Not ``timer.when()``: other event loops give timers that are due at once no such method.
+        if timer is None or self._timer_at > at:
             if timer is not None:
                 timer.cancel()
-            self._timer = self._loop.call_at(at, self._timed_out)
+            self._timer, self._timer_at = self._loop.call_at(at, self._timed_out), at
 
     def _timed_out(self) -> None:
         self._timer = None

@@ -13,6 +13,8 @@ from mesh.wire.facts import NodeId
 
 Path = Literal["quic", "tcp", "relay"]
 """How a connection reaches its peer; shown in status."""
+Sink = Callable[[bytes], bool]
+"""Takes all of some bytes, or says False and has taken none of them. Never waits, never raises."""
 
 
 class Stream(Protocol):
@@ -48,6 +50,14 @@ class Stream(Protocol):
         Raises:
             TransportError: the stream was reset, our half has ended, or the connection is lost.
         """
+        ...
+
+    def write_now(self, data: bytes) -> bool:
+        """Hand over all of ``data``, or nothing and return False, where :meth:`write` would wait or raise."""
+        ...
+
+    def pass_to(self, sink: Sink | None) -> None:
+        """Offer what comes to ``sink`` first, at once and in order. What it does not take is there to be read."""
         ...
 
     async def write_eof(self) -> None:

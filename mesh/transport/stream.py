@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from mesh.errors import TransportError
+from mesh.transport.lane import Sink
 from mesh.transport.received import Received, read_exactly
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class QuicStream:
         "_id",
         "_read_error",
         "_reader",
+        "_sink",
         "_write_error",
         "_writer",
     )
@@ -41,6 +43,7 @@ class QuicStream:
         self._read_error: str | None = None
         self._write_error: str | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
         self._writer: asyncio.Future[None] | None = None
 
     @property
@@ -88,6 +91,17 @@ class QuicStream:
                 self._connection.waiting_writers.discard(self)
         self._check_writable()
 
+    def write_now(self, data: bytes) -> bool:
+        if self._writer is not None or self._write_error is not None or self._ended:
+            return False
+        if len(data) > SEND_BUFFER - self._connection.unsent(self._id):
+            return False
+        self._connection.send(self._id, data)
+        return True
+
+    def pass_to(self, sink: Sink | None) -> None:
+        self._sink = sink
+
     async def write_eof(self) -> None:
         if self._ended:
             return
@@ -116,7 +130,9 @@ class QuicStream:
         if self._read_error is not None:
             self._connection.consume(self._id, len(data))
             return
-        if data:
+        if data and self._sink is not None and not self._chunks.size and self._sink(data):
+            self._connection.consume(self._id, len(data))
+        elif data:
             self._chunks.put(data)
         _wake(self._reader)
 

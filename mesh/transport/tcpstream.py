@@ -9,8 +9,10 @@ import ssl
 import struct
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from mesh.errors import TransportError
+from mesh.transport.lane import Sink
 from mesh.transport.received import Received, read_exactly
 from mesh.transport.tls import TlsSession
 
@@ -49,6 +51,7 @@ class TcpStream(asyncio.BufferedProtocol):
         self._read_error: str | None = None
         self._write_error: str | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
         self._full = False
         self._writer: asyncio.Future[None] | None = None
         self.established: asyncio.Future[None] = self._loop.create_future()
@@ -98,6 +101,16 @@ class TcpStream(asyncio.BufferedProtocol):
             view = view[_PIECE:]
         self._check_writable()
 
+    def write_now(self, data: bytes) -> bool:
+        if self._full or self._writer is not None or self._write_error is not None or self._tls.ended:
+            return False
+        self._tls.write(data)
+        self._flush()
+        return True
+
+    def pass_to(self, sink: Sink | None) -> None:
+        self._sink = sink
+
     async def write_eof(self) -> None:
         if self._tls.ended:
             return
@@ -121,7 +134,8 @@ class TcpStream(asyncio.BufferedProtocol):
         if self._transport is not None:
             sock = self._transport.get_extra_info("socket")
             if sock is not None:
-                with contextlib.suppress(OSError):  # a reset: the other side learns it at once and keeps nothing
+                # A reset: the other side learns it at once and keeps nothing. uvloop's closed sockets raise ValueError.
+                with contextlib.suppress(OSError, ValueError):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
             self._transport.abort()
 
@@ -150,7 +164,7 @@ class TcpStream(asyncio.BufferedProtocol):
     # -- what asyncio calls ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         self._transport = transport
         transport.set_write_buffer_limits(WRITE_BUFFER)
         sock = transport.get_extra_info("socket")
@@ -208,8 +222,11 @@ class TcpStream(asyncio.BufferedProtocol):
                 self._flush()
                 if not self.established.done():
                     self.established.set_result(None)
+            unread = self._received.size
             while data := tls.read():
                 self._received.put(data)
+            if self._sink is not None and not unread and self._received.size:
+                self._offer(self._sink)
         except ssl.SSLError as error:
             self._flush()  # an alert that says what we did not like
             self.lose(f"not what a mesh node sends: {error}")
@@ -221,6 +238,12 @@ class TcpStream(asyncio.BufferedProtocol):
             _wake(self._reader)
             if tls.peer_ended:
                 self._close_when_over()
+
+    def _offer(self, sink: Sink) -> None:
+        # All records at once: one of them is 16 KB, and each would be a system call of the taker.
+        data = self._received.take(self._received.size)
+        if not sink(data):
+            self._received.put(data)
 
     def _flush(self) -> None:
         data = self._tls.to_send()

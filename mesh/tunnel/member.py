@@ -41,6 +41,15 @@ class _Carrier:
         """Bytes and connections per peer. ``up``: from our engine to the peer."""
         return self._traffic
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._carrying
+
+    async def idle(self) -> None:
+        """Return once nothing is carried."""
+        while self._carrying:
+            await asyncio.wait([*self._carrying])
+
     def close(self) -> None:
         """Reset every stream and close every local connection now."""
         for task in self._carrying:

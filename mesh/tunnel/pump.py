@@ -11,10 +11,10 @@ import contextlib
 import socket
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mesh.errors import TransportError
-from mesh.transport.lane import Stream
+from mesh.transport.lane import Sink, Stream
 
 HIGH_WATER = 1 << 20
 """Bytes waiting in one direction above which its source is not read any more. Prompt activations come in megabytes."""
@@ -50,13 +50,15 @@ class LocalEnd(asyncio.BufferedProtocol):
         self._readable: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._loop = loop
+        self.sink: Sink | None = None
+        """Is offered what comes, first, at once and in order. What it does not take is there to be read."""
         self.lost: asyncio.Future[Exception | None] = loop.create_future()
         """Done once the socket is gone, for whatever cause."""
 
     # what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         self._transport = transport
         transport.set_write_buffer_limits(HIGH_WATER)
         sock = transport.get_extra_info("socket")
@@ -69,7 +71,10 @@ class LocalEnd(asyncio.BufferedProtocol):
         return self._room
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._pieces.append(bytes(self._room[:nbytes]))
+        data = bytes(self._room[:nbytes])
+        if self.sink is not None and not self._pieces and self.sink(data):
+            return
+        self._pieces.append(data)
         self._waiting += nbytes
         if self._waiting > HIGH_WATER and not self._reading_paused and self._transport is not None:
             self._reading_paused = True
@@ -167,6 +172,13 @@ class LocalEnd(asyncio.BufferedProtocol):
         if self._writable is not None:
             await asyncio.shield(self._writable)
 
+    def write_now(self, data: bytes) -> bool:
+        """Hand over all of it, or nothing and return False, where :meth:`write` would wait or raise."""
+        if self._writable is not None or self.lost.done() or self._transport is None:
+            return False
+        self._transport.write(data)
+        return True
+
     def write_eof(self) -> None:
         if self._transport is not None and not self.lost.done():
             with contextlib.suppress(OSError):
@@ -199,6 +211,7 @@ async def pump(local: LocalEnd, stream: Stream, traffic: Traffic, *, outlives_pe
     up = asyncio.ensure_future(_carry_up(local, stream, traffic))
     down = asyncio.ensure_future(_carry_down(local, stream, traffic))
     clean = False
+    _join(local, stream, traffic)
     try:
         waited_for: set[asyncio.Future[Any]] = {up, down}
         while waited_for and not local.lost.done():
@@ -212,6 +225,8 @@ async def pump(local: LocalEnd, stream: Stream, traffic: Traffic, *, outlives_pe
     except (ConnectionError, OSError):
         pass  # the local side; reset below
     finally:
+        local.sink = None
+        stream.pass_to(None)
         if clean:
             local.close()
         else:
@@ -220,6 +235,26 @@ async def pump(local: LocalEnd, stream: Stream, traffic: Traffic, *, outlives_pe
         for direction in (up, down):
             direction.cancel()
         await asyncio.gather(up, down, return_exceptions=True)
+
+
+def _join(local: LocalEnd, stream: Stream, traffic: Traffic) -> None:
+    """Pass bytes on in the very call that brings them: a token's way through a ring is made of such steps.
+
+    The two tasks get what the other side does not take at once, and the ends.
+    """
+
+    def up(data: bytes) -> bool:
+        if taken := stream.write_now(data):
+            traffic.up_bytes += len(data)
+        return taken
+
+    def down(data: bytes) -> bool:
+        if taken := local.write_now(data):
+            traffic.down_bytes += len(data)
+        return taken
+
+    local.sink = up
+    stream.pass_to(down)
 
 
 async def _carry_up(local: LocalEnd, stream: Stream, traffic: Traffic) -> None:

@@ -278,6 +278,8 @@ class Propose(_Message, frozen=True, tag="propose"):
     """Members the plan leaves out, and why; for status."""
     lifts: Epoch = NO_EPOCH
     """The same layout was followed under this number: who runs it carries on, nothing restarts."""
+    drain_s: Annotated[float, Meta(ge=0, le=600)] = 0.0
+    """What runs is well: requests that it answers may finish for so many seconds before it is stopped."""
 
 
 class Accepted(_Message, frozen=True, tag="accepted"):

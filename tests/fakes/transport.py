@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from mesh.errors import TransportError
-from mesh.transport.lane import Path, Stream
+from mesh.transport.lane import Path, Sink, Stream
 
 FAKE_WINDOW = 1 << 20
 
@@ -97,6 +97,12 @@ class FakeStream:
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         await self._outgoing.write(data)
+
+    def write_now(self, data: bytes) -> bool:
+        return False
+
+    def pass_to(self, sink: Sink | None) -> None:
+        pass
 
     async def write_eof(self) -> None:
         self._outgoing.end()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,10 +78,10 @@ def plain_server(model: Path) -> Iterator[str]:
         server.wait()
 
 
-def reference(model: Path) -> str:
+def reference(model: Path, tokens: int = TOKENS) -> str:
     """What an ordinary llama-server answers to :data:`PROMPT`."""
     with plain_server(model) as url, httpx.Client(trust_env=False) as client:
-        return complete(client, url)
+        return complete(client, url, tokens)
 
 
 def complete(client: httpx.Client, url: str, tokens: int = TOKENS, timeout: float = 90.0) -> str:
@@ -93,6 +95,51 @@ def complete(client: httpx.Client, url: str, tokens: int = TOKENS, timeout: floa
 def ask(node: MeshNode, **options: Any) -> str:
     """The same, from a node's own localhost."""
     return complete(node.client, node.base_url, **options)
+
+
+class Streamed(threading.Thread):
+    """The same, streamed and in the background: ``text`` grows; ``error`` says what broke it."""
+
+    def __init__(self, node: MeshNode, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.text, self.error, self.whole = "", "", False
+        self.tokens = 0
+        self._cancelled = False
+        self._client, self._url, self._tokens = node.lab.client(node.machine), node.base_url, tokens
+        self.start()
+
+    def run(self) -> None:
+        body = {"prompt": PROMPT, "max_tokens": self._tokens, "temperature": 0, "stream": True}
+        try:
+            with self._client.stream("POST", f"{self._url}/v1/completions", json=body, timeout=90) as answer:
+                for line in answer.iter_lines():
+                    if self._cancelled:
+                        return
+                    if line == "data: [DONE]":
+                        self.whole = True
+                    elif line.startswith("data: "):
+                        self._read(json.loads(line[6:]))
+        except httpx.HTTPError as error:
+            self.error = repr(error)
+
+    def cancel(self) -> None:
+        """The client goes away."""
+        self._cancelled = True
+        self.join(30)
+
+    def _read(self, event: dict[str, Any]) -> None:
+        if "error" in event:
+            self.error = str(event["error"])
+        for choice in event.get("choices", ()):
+            self.text += choice["text"]
+            self.tokens += 1
+
+    def wait_for(self, tokens: int, within: float = 30.0) -> None:
+        """Until so many have come."""
+        deadline = time.monotonic() + within
+        while self.tokens < tokens:
+            assert not self.error and time.monotonic() < deadline, f"{self.tokens} tokens came; {self.error}"
+            time.sleep(0.005)
 
 
 def covered(status: dict[str, Any]) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from msgspec.structs import replace
 
 from mesh.election.coordinate import rightful
 from mesh.election.core import Election
@@ -476,11 +477,90 @@ def test_a_ring_member_about_to_leave_is_planned_away_at_once() -> None:
     assert [m.id for m in told.core.status().layout.ring] == [A, C]  # type: ignore[union-attr]
 
 
-def test_what_runs_goes_on_until_a_leaver_has_gone_when_it_cannot_be_spared() -> None:
-    told = serving(0, 1)
+def drains(effects: list[Effect]) -> list[float]:
+    return [e.drain_s for e in effects if isinstance(e, Adopt | Unserved)]
+
+
+def test_a_planned_change_lets_requests_finish_first() -> None:
+    told = serving(0, 1, 2)
+    effects = told.join(facts_of(1, version=2, draining=True))
+    assert [p.drain_s for p in proposed(effects)] == [10.0]
+    assert drains(effects) == [10.0, 10.0]
+
+
+def test_a_follower_lets_requests_finish_for_as_long_as_it_is_told() -> None:
+    told = serving(1, 0, 2)
+    assert drains(told.hear(0, replace(propose(2, 0, 0, 1), drain_s=4.0))) == [4.0, 4.0]
+
+
+def test_a_loss_waits_for_nobody() -> None:
+    told = serving(0, 1, 2)
+    effects = told.lose(1)
+    assert [p.drain_s for p in proposed(effects)] == [0.0]
+    assert drains(effects) == [0.0, 0.0]
+
+
+def test_who_sees_a_loss_that_the_coordinator_does_not_see_waits_for_nobody() -> None:
+    told = serving(1, 0, 2)
+    told.lose(2)
+    assert drains(told.hear(0, replace(propose(2, 0, 0, 1), drain_s=4.0)))[0] == 0.0
+
+
+def test_what_does_not_serve_yet_has_nothing_to_finish() -> None:
+    told = Told(1, 0, 2)
+    told.hear(0, propose(1, 0, 0, 1, 2))
+    assert drains(told.hear(0, replace(propose(2, 0, 0, 1), drain_s=4.0))) == [0.0]
+
+
+def test_a_second_planned_change_leaves_the_first_its_time_and_no_more() -> None:
+    told = serving(0, 1, 2)
     told.join(facts_of(1, version=2, draining=True))
-    told.wait(5.0)
-    assert told.state == "serving"
+    told.hear(2, Accepted(told.core.epoch))
+    told.now += 4.0
+    effects = told.join(facts_of(2, version=2, draining=True))
+    assert drains(effects) == [6.0]
+
+
+def test_a_loss_during_a_drain_ends_it() -> None:
+    told = serving(0, 1, 2, 3)
+    told.join(facts_of(1, version=2, draining=True))
+    assert told.core.status().layout is not None
+    lost = told.core.status().layout.ring[-1].id  # type: ignore[union-attr]
+    effects = told.lose(ord(lost[0]) - ord("a"))
+    assert drains(effects) == [0.0]
+
+
+def test_who_is_called_back_to_what_runs_elsewhere_may_finish_what_it_has_begun() -> None:
+    """A parted mesh has healed: the coordinator keeps its layout under a new number, and we ran another one."""
+    told = serving(1, 0, 2)
+    effects = told.hear(0, replace(propose(9, 0, 0, 2, lifts=Epoch(8, A)), drain_s=5.0))
+    assert drains(effects) == [5.0, 5.0]
+
+
+def test_a_layout_that_is_only_renumbered_drains_nothing() -> None:
+    told = serving(1, 0, 2)
+    effects = told.hear(0, replace(propose(2, 0, 0, 1, 2, lifts=Epoch(1, A)), drain_s=5.0))
+    assert [(e.lifts, e.drain_s) for e in effects if isinstance(e, Adopt)] == [(Epoch(1, A), 0.0)]
+
+
+def test_requests_finish_before_a_leaver_goes_that_cannot_be_spared() -> None:
+    told = serving(0, 1)
+    effects = told.join(facts_of(1, version=2, draining=True))
+    (proposal,) = proposed(effects)
+    assert proposal.layout is None and proposal.drain_s == 10.0
+    assert "n1 is about to leave" in proposal.reason or "machine is about to leave" in proposal.reason
+
+
+def test_a_newcomer_that_leads_takes_nobody_for_lost_that_it_has_not_met_yet() -> None:
+    """A restarted node with the lowest id broke the ring that ran, for want of the links it was about to make."""
+    told = Told(0, 1)
+    effects = told.hear(1, propose(9, 1, 1, 2))
+    assert adopted(effects + told.wait(0.5)) == [Epoch(9, B)]
+    told.join(facts_of(2))
+    assert adopted(told.wait(10.0)) == []
+    told = Told(0, 1)
+    told.hear(1, propose(9, 1, 1, 2))
+    assert adopted(told.wait(1.1)) == [Epoch(10, A)], "who does not come is lost after all"
 
 
 def test_the_next_lowest_takes_over_when_the_coordinator_dies() -> None:

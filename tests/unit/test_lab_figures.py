@@ -9,7 +9,6 @@ import pytest
 
 from bench.lab import Counter
 from bench.measure import BenchError, Figures, complete, long_prompt, per_worker
-from bench.recovery import Recovery, recovery_table
 from bench.settings import even_split
 from bench.tables import size, speed_table
 
@@ -75,12 +74,3 @@ def test_tables_are_markdown_and_lined_up() -> None:
     assert len({len(line) for line in lines}) == 1
     assert "6+6" in lines[2]
     assert "5 KB" in lines[2]
-
-
-def test_an_epoch_that_did_not_grow_stands_out() -> None:
-    sound = Recovery("worker", 0.5, 0.6, 1.0, 1.1, 3, 4, 0)
-    odd = Recovery("host", None, None, None, 2.0, 3, 3, 1)
-    lines = recovery_table([sound, sound, odd]).splitlines()
-    assert "higher" in lines[2]
-    assert "1.10 (worst 1.10)" in lines[2]
-    assert "NOT HIGHER" in lines[3]

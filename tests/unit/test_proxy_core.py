@@ -172,6 +172,16 @@ def test_answers_under_way_may_finish_when_a_change_is_planned() -> None:
     assert core.handle(Served(TWO, "tiny"), 12.0) == [Dispatch(2, 2, TWO), Dispatch(3, 1, TWO)]
 
 
+def test_a_layout_that_serves_before_the_last_one_has_finished_leaves_it_its_time() -> None:
+    core = serving()
+    core.handle(Arrived(1), 0.0)
+    core.handle(Unserved("a machine joins", drain_s=10.0), 1.0)
+    core.handle(Arrived(2), 2.0)
+    assert core.handle(Served(TWO, "tiny"), 3.0) == [Dispatch(2, 1, TWO)]
+    assert core.next_timer() == 11.0
+    assert core.handle(Tick(), 11.0) == [Abandon(1, 1), Dispatch(1, 2, TWO)]
+
+
 def test_a_new_layout_takes_over_what_the_old_one_still_owes() -> None:
     core = serving()
     core.handle(Arrived(1), 0.0)

@@ -12,6 +12,8 @@ from mesh.supervise.events import (
     Adopt,
     AnnounceServing,
     Answered,
+    AwaitDrain,
+    Drained,
     Effect,
     EngineFailed,
     Event,
@@ -316,6 +318,75 @@ def test_a_reason_fits_into_its_message() -> None:
     assert report.reason.endswith("the end")
 
 
+# -- drains ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_host_answers_what_it_was_asked_before_a_planned_change_stops_it() -> None:
+    node = serving()
+    assert node.tell(Adopt(TWO, SOLO, drain_s=10.0)) == [AwaitDrain(ONE, hosting=True)]
+    assert node.tell(Drained(ONE)) == [StopEngine()]
+    assert node.tell(Stopped()) == [StartLlamaServer(TWO, SOLO, ())]
+
+
+def test_a_worker_carries_until_its_host_has_gone() -> None:
+    node = working()
+    assert node.tell(Adopt(TWO, None, drain_s=10.0)) == [AwaitDrain(ONE, hosting=False)]
+    assert node.core.state is State.DRAINING
+    assert node.tell(Drained(ONE)) == [StopEngine()]
+
+
+def test_a_drain_ends_in_its_time() -> None:
+    node = serving()
+    began = node.now
+    node.tell(Adopt(TWO, SOLO, drain_s=10.0))
+    assert node.wait_for_timer() == [StopEngine()]
+    assert node.now == began + 10.0
+
+
+@pytest.mark.parametrize(
+    "lost", [ProcessExited(ONE, SERVER, 1, ()), TunnelFailed(ONE, B, "gone"), EngineFailed(ONE, "no")]
+)
+def test_a_loss_during_a_drain_ends_it_and_blames_nobody(lost: Event) -> None:
+    node = serving()
+    node.tell(Adopt(TWO, SOLO, drain_s=10.0))
+    assert node.tell(lost) == [StopEngine()]
+    assert node.tell(Stopped()) == [StartLlamaServer(TWO, SOLO, ())]
+
+
+def test_a_newer_epoch_that_waits_for_nobody_ends_a_drain() -> None:
+    node = serving()
+    node.tell(Adopt(TWO, SOLO, drain_s=10.0))
+    assert node.tell(Adopt(THREE, SOLO)) == [StopEngine()]
+    assert node.tell(Stopped()) == [StartLlamaServer(THREE, SOLO, ())]
+
+
+def test_a_newer_epoch_gives_a_drain_no_more_time() -> None:
+    node = serving()
+    began = node.now
+    node.tell(Adopt(TWO, None, drain_s=10.0), Adopt(THREE, SOLO, drain_s=30.0))
+    node.wait_for_timer()
+    assert node.now == began + 10.0
+    assert node.tell(Stopped()) == [StartLlamaServer(THREE, SOLO, ())]
+
+
+def test_an_older_epoch_ends_no_drain() -> None:
+    node = serving()
+    assert node.tell(Adopt(THREE, SOLO, drain_s=10.0), Adopt(TWO, None)) == []
+    assert node.core.state is State.DRAINING
+
+
+def test_what_does_not_serve_yet_is_stopped_at_once() -> None:
+    node = Node(B)
+    node.tell(Adopt(ONE, SPLIT))
+    assert node.tell(Adopt(TWO, None, drain_s=10.0)) == [StopEngine()]
+
+
+def test_a_node_that_goes_while_it_drains_stops_its_engine() -> None:
+    node = serving()
+    node.tell(Adopt(TWO, None, drain_s=10.0))
+    assert node.tell(Shutdown()) == [StopEngine()]
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Whatever comes in whatever order from outside, and however each step ends: at most one epoch's engine exists,
     nothing starts while a stop is under way, and the newest layout wins."""
@@ -340,10 +411,17 @@ class AnyOrder(RuleBasedStateMachine):
                     assert not self.stopping
                     assert self.newest is not None and effect.epoch == self.newest.epoch
                     self.pending.append(effect)
+                case AwaitDrain():
+                    assert not self.stopping and effect.epoch == self.core.epoch
+                    self.pending.append(effect)
 
-    @rule(number=st.integers(1, 6), layout=st.sampled_from([None, SOLO, SPLIT, layout_of("b", "a"), layout_of("b")]))
-    def adopt(self, number: int, layout) -> None:  # type: ignore[no-untyped-def]
-        event = Adopt(Epoch(number, A), layout)
+    @rule(
+        number=st.integers(1, 6),
+        layout=st.sampled_from([None, SOLO, SPLIT, layout_of("b", "a"), layout_of("b")]),
+        drain_s=st.sampled_from([0.0, 10.0]),
+    )
+    def adopt(self, number: int, layout, drain_s: float) -> None:  # type: ignore[no-untyped-def]
+        event = Adopt(Epoch(number, A), layout, drain_s)
         if not self.closed and (self.newest is None or event.epoch > self.newest.epoch):
             self.newest = event
         self.tell(event)
@@ -375,6 +453,8 @@ class AnyOrder(RuleBasedStateMachine):
                 self.tell(ProcessStarted(epoch, SERVER, 1))
             case ProbeToken():
                 self.tell(Answered(epoch))
+            case AwaitDrain():
+                self.tell(Drained(epoch))
 
     @rule(late=st.booleans())
     def exits(self, late: bool) -> None:
@@ -396,7 +476,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def whatever_takes_time_has_a_deadline(self) -> None:
-        if self.core.state in RUNNING - {State.WORKING, State.SERVING} or self.stopping:
+        unbounded = {State.WORKING, State.SERVING, State.IDLE, State.CLOSED}
+        if self.core.state not in unbounded or self.stopping:
             assert self.core.next_timer() is not None
 
 
