@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,8 +44,9 @@ _WARM_BURSTS = 3
 _ECHO_BYTES = 256 * 1024
 _ECHO_WITHIN_S = 10.0
 _LEAST_MS = 0.05
-_DRIFT_MS = 5.0
-"""Acknowledgements wander by less on a busy machine."""
+_DRIFT_MS = 2.0
+"""The shortest acknowledgements of a minute wander by less."""
+_RECENT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +59,27 @@ class _Echoes:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a trial found, and the round trip that QUIC's acknowledgements showed then."""
+    """What a trial found, and the shortest round trip that QUIC's acknowledgements had shown by then."""
 
     found: Measured
     acknowledged_ms: float
 
-    def over(self, path: str, now_ms: float | None) -> tuple[float, float]:
+    def over(self, path: str, recent_ms: float) -> tuple[float, float]:
         """Round trip (ms) and rate (bytes per second) of a lane.
 
-        Acknowledgements come with whatever a busy interpreter adds, but they come all the time: as long as they take
-        about what they took, the trial holds; where they have drifted away, what they drifted by counts.
+        Acknowledgements come with whatever a busy interpreter adds, but they come all the time. So the trial holds,
+        and what the shortest of them have grown by since is added. A trial that took longer than they do met a busy
+        machine.
+
+        Args:
+            recent_ms: the shortest acknowledgement of the last minute.
         """
         if path == "tcp":
             rtt_ms, rate = self.found.rtt_ms, self.found.bytes_per_second
         else:
-            rtt_ms, rate = self.found.quic_rtt_ms or self.acknowledged_ms or self.found.rtt_ms, 0.0
-            rate = self.found.quic_bytes_per_second
-        if now_ms is None or not self.acknowledged_ms:
-            return rtt_ms, rate
-        drift = now_ms - self.acknowledged_ms
-        return (max(rtt_ms + drift, 0.05) if abs(drift) > max(_DRIFT_MS, rtt_ms / 4) else rtt_ms), rate
+            rtt_ms, rate = self.found.quic_rtt_ms or recent_ms, self.found.quic_bytes_per_second
+        grown = max(recent_ms - self.acknowledged_ms, 0.0)
+        return min(rtt_ms, max(recent_ms, _LEAST_MS)) if grown < _DRIFT_MS else rtt_ms + grown, rate
 
 
 class BulkLanes:
@@ -151,11 +154,19 @@ class BulkLanes:
         task.add_done_callback(self._echoes.discard)
 
     def measured(self, link: Link) -> LinkFact | None:
-        """What is known of the way that bulk takes to a member now; None before anything was measured."""
+        """What is known of the way that bulk takes to a member now; None before anything was measured.
+
+        To be asked every second or so: it is what remembers the round trips of the last minute.
+        """
+        if link.rtt_ms is None:
+            return None
         way = self._ways.get(link.peer)
-        if way is None or way.tried is None:
-            return None if link.rtt_ms is None else LinkFact(link.peer, round(link.rtt_ms, 3))
-        rtt_ms, rate = way.tried.over(way.choice.path, link.rtt_ms)
+        if way is None:
+            return LinkFact(link.peer, round(link.rtt_ms, 3))
+        recent_ms = way.heard(link.rtt_ms, self._clock.now())
+        if way.tried is None:
+            return LinkFact(link.peer, round(recent_ms, 3))
+        rtt_ms, rate = way.tried.over(way.choice.path, recent_ms)
         return LinkFact(link.peer, round(rtt_ms, 3), round(rate, -3))
 
     async def open(self, link: Link, request: Open, timeout: float) -> Stream:
@@ -278,7 +289,7 @@ class BulkLanes:
         way.choice.handle(event, self._clock.now())
         path: Path = "tcp" if way.choice.path == "tcp" else link.connection.path
         if isinstance(event, Measured):
-            way.tried = Trial(event, link.rtt_ms or 0.0)
+            way.tried = Trial(event, way.heard(link.rtt_ms or event.rtt_ms, self._clock.now()))
         log.info("bulk to %s goes over %s: %s", link.peer, path, event)
         link.path = path
         way.settled.set()
@@ -293,7 +304,15 @@ class _Way:
         self.kick = asyncio.Event()
         self.gate = asyncio.Semaphore(MAX_DIALS)
         self.tried: Trial | None = None
+        self._recent: deque[tuple[float, float]] = deque(maxlen=256)
         self.keeper: asyncio.Task[None] | None = None
+
+    def heard(self, rtt_ms: float, now: float) -> float:
+        """Take in a round trip; the shortest of the last minute, ms."""
+        self._recent.append((now, rtt_ms))
+        while self._recent[0][0] < now - _RECENT_S:
+            self._recent.popleft()
+        return min(ms for _, ms in self._recent)
 
     def end(self) -> None:
         self.settled.set()
