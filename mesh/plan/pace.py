@@ -31,6 +31,7 @@ HOST_MS = 0.3
 """What the server does for a token besides: text, JSON and HTTP."""
 ACTIVATION = 4
 """Bytes of a value between members; half with ``--wire-dtype f16``, which a plan does not count on."""
+SLOWEST = 1e6
 _SPEED = {"cpu": 10e9, "cuda": 300e9, "metal": 100e9, "vulkan": 100e9, "rocm": 200e9, "sycl": 100e9}
 _LAYER_MS = {"cpu": 0.04}
 """A guess: twenty operations, and threads that wait for each other."""
@@ -71,7 +72,8 @@ def pace(device: Device, model: ModelCost) -> Pace:
     of_kind = measured.get(family) or device.bytes_per_second
     if not of_kind:
         return Pace(_SPEED[device.kind], _LAYER_MS.get(device.kind, _ANY_LAYER_MS))
-    return Pace(of_kind, device.layer_us / 1000)
+    # A member may say anything: nothing is so slow that its time is no number.
+    return Pace(max(of_kind, SLOWEST), device.layer_us / 1000)
 
 
 def compute_ms(costs: Costs, first: int, end: int, pace: Pace, *, host: bool) -> float:
