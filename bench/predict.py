@@ -318,7 +318,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     rows = [
         [o.name, " ".join(o.ring), f"{o.predicted:.1f}", f"{o.measured:.1f}", f"{o.error:+.0%}",
-         f"{o.parts.get('compute', 0):.1f}", f"{o.processor:.1f}", "" if abs(o.error) <= BAR else "**missed**"]
+         f"{o.parts.get('compute_ms', 0):.1f}", f"{o.processor:.1f}", "" if abs(o.error) <= BAR else "**missed**"]
         for o in outcomes
     ]  # fmt: skip
     print(

@@ -124,7 +124,7 @@ def _plan_alone(settings: Settings, imagined: list[Imagined]) -> dict[str, Any]:
 
 def _find_speed(engine: Engine, model: LocalModel, own: OwnFacts) -> None:
     """What an earlier run found, or half a second of measuring."""
-    pacing = Pacing(engine, model.cost.weights, own.paced)
+    pacing = Pacing(engine, model.cost.weights, own.paced, SystemClock().wall)
     pacing.recall()
     asyncio.run(pacing.measure(families=1))
 

@@ -46,8 +46,9 @@ SHORT = 2, 8
 """Tokens of one sample, and samples: short ones fall between what else the machine does."""
 LONG = 64, 2
 """Where a container allows less time than the threads want, only a long sample knows."""
-WITHIN_S = 10.0
+WITHIN_S = 5.0
 """Threads that spin for each other on a machine that is busy take for ever; then it is for another day."""
+AGAIN_S = 3600.0
 _TYPES = {"F16": (1, 1, 2), "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144)}
 """The format's number, values and bytes of a block."""
 _CHUNK = 1 << 20
@@ -108,6 +109,22 @@ def remember(key: str, found: Measured) -> None:
         part = place.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"speeds": dict(found.speeds), "layer_us": found.layer_us}), "utf-8")
         part.replace(place)
+
+
+def gave_up(key: str, wall: float) -> bool:
+    """Whether a try failed within the last hour: on a machine that is busy the next one would, too."""
+    try:
+        return abs(wall - _place(key).with_suffix(".failed").stat().st_mtime) < AGAIN_S
+    except OSError:
+        return False
+
+
+def give_up(key: str) -> None:
+    """Note that a try failed."""
+    with contextlib.suppress(OSError):
+        place = _place(key).with_suffix(".failed")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
 
 
 async def measure(

@@ -108,7 +108,7 @@ class Node:
         self.whereabouts = Whereabouts(settings, endpoint, bound, clock, self._moved)
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
         wanted = "" if model is None else model.cost.weights
-        self._pacing = None if engine is None else Pacing(engine, wanted, self._paced)
+        self._pacing = None if engine is None else Pacing(engine, wanted, self._paced, clock.wall)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
         self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)

@@ -12,7 +12,7 @@ import filelock
 
 from mesh import hardware
 from mesh.engine.cache import Engine, cache_root
-from mesh.engine.speed import FAMILIES, Measured, measure, recall, remember, speed_key
+from mesh.engine.speed import FAMILIES, Measured, gave_up, give_up, measure, recall, remember, speed_key
 from mesh.errors import EngineError
 from mesh.hardware import cgroup
 from mesh.wire.facts import Device, weight_family
@@ -28,11 +28,15 @@ class Pacing:
 
     Args:
         wanted: type of the weights of the model this node is for, or empty.
+        wall: the time of day, seconds.
         found: takes what is known of a device by name, whenever that is more than before.
     """
 
-    def __init__(self, engine: Engine, wanted: str, found: Callable[[str, Measured], object]) -> None:
+    def __init__(
+        self, engine: Engine, wanted: str, found: Callable[[str, Measured], object], wall: Callable[[], float]
+    ) -> None:
         self._engine = engine
+        self._wall = wall
         first = weight_family(wanted) if wanted else FAMILIES[0]
         self._families = (first, *(family for family in FAMILIES if family != first))
         self._found = found
@@ -60,7 +64,7 @@ class Pacing:
         for family in self._families[:families]:
             for device in hardware.devices():
                 key = self._keys.get(device.name)
-                if key is not None and family not in recall(key).speeds:
+                if key is not None and family not in recall(key).speeds and not gave_up(key, self._wall()):
                     async with _one_at_a_time():
                         await self._measure(device, key, family)
 
@@ -70,6 +74,7 @@ class Pacing:
             try:
                 known = await measure(self._engine, device, self._threads, family, known, cpus=self._cpus)
             except EngineError as error:
+                give_up(key)
                 log.warning("the speed of %s with %s weights is not known: %s", device.name, family, error.message)
                 return
             remember(key, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_the_models_are_models(tmp_path: Path, family: str) -> None:
     file = inspect(path)
     assert (file.n_layers, file.weights) == (3, family)
     assert file.layer_bytes[0] - 2 * 4 * 256 == speed._layer_bytes(256, 512, family)
+
+
+def test_after_a_failure_nobody_tries_for_an_hour() -> None:
+    key = speed_key(ENGINE, CPU, 4, None)
+    now = time.time()
+    assert not speed.gave_up(key, now)
+    speed.give_up(key)
+    assert speed.gave_up(key, now)
+    assert not speed.gave_up(key, now + speed.AGAIN_S + 5)
 
 
 async def test_a_benchmark_that_is_not_there_is_an_error_with_a_remedy() -> None:
