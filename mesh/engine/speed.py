@@ -4,8 +4,9 @@ Two models answer two questions. A wide one is read from memory, not from a cach
 per second of its type of weights. A thin one of many layers hardly reads anything, and tells what a layer costs
 besides. Each is asked a few times and the best counts: whatever else the machine does only makes it look slower.
 
-The engine's benchmark runs without rearranged weights and with as many threads as a ring would. What was found is kept
-in the user's cache under everything that decides it.
+The engine's benchmark runs with as many threads as a ring would, and twice: a ring leaves weights as they are in the
+file, one machine alone rearranges them on a CPU, which is better for prompts and may be worse for a token. What was
+found is kept in the user's cache under everything that decides it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from msgspec.structs import replace
 from mesh.engine.cache import Engine, cache_root, cpu_features
 from mesh.errors import EngineError
 from mesh.models import write
-from mesh.wire.facts import Device, Speed
+from mesh.wire.facts import Device, Speed, alone
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ THIN_WIDTH, THIN_FEED, THIN_LAYERS = 64, 64, 48
 WORDS = 256
 SHORT = 2, 8
 """Tokens of one sample, and samples: short ones fall between what else the machine does."""
-LONG = 64, 2
+LONG = 24, 2
 """Where a container allows less time than the threads want, only a long sample knows."""
 WITHIN_S = 5.0
 """Threads that spin for each other on a machine that is busy take for ever; then it is for another day."""
@@ -69,7 +70,8 @@ class Measured:
 
     def on(self, device: Device) -> Device:
         """``device`` with these figures."""
-        speeds = tuple(Speed(family, round(self.speeds[family], -6)) for family in FAMILIES if family in self.speeds)
+        kinds = [kind for family in FAMILIES for kind in (family, alone(family)) if kind in self.speeds]
+        speeds = tuple(Speed(kind, round(self.speeds[kind], -6)) for kind in kinds)
         first = speeds[0].bytes_per_second if speeds else 0.0
         return replace(device, bytes_per_second=first, speeds=speeds, layer_us=round(self.layer_us or 0.0, 1))
 
@@ -128,12 +130,20 @@ def give_up(key: str) -> None:
 
 
 async def measure(
-    engine: Engine, device: Device, threads: int, family: str, known: Measured, *, cpus: float | None = None
+    engine: Engine,
+    device: Device,
+    threads: int,
+    family: str,
+    known: Measured,
+    *,
+    cpus: float | None = None,
+    patience: float = 1.0,
 ) -> Measured:
     """``known`` with the speed for ``family``, and the cost of a layer if that is missing. Half a second on a CPU.
 
     Args:
         cpus: how many processors' worth of time a container allows; None: all.
+        patience: times :data:`WITHIN_S`, for who has nothing else to do.
 
     Raises:
         EngineError: the benchmark cannot be run, fails, or takes over :data:`WITHIN_S`.
@@ -148,22 +158,29 @@ async def measure(
         if known.layer_us is None:
             await asyncio.to_thread(_write_model, thin, "F16", THIN_WIDTH, THIN_FEED, THIN_LAYERS)
             asked.append(thin)
-        sampled = LONG if device.kind == "cpu" and cpus is not None and cpus < threads else SHORT
-        seconds = await _ask(engine, device, threads, asked, sampled)
+        sampled, within_s = SHORT, WITHIN_S
+        if device.kind == "cpu" and cpus is not None and cpus < threads:
+            sampled, within_s = LONG, WITHIN_S * threads / max(cpus, 0.05)
+        answers = await _ask(engine, device, threads, asked, sampled, within_s * patience)
+        seconds = [answers[str(path), False] for path in asked]
+        rearranged = answers.get((str(wide), True))
     layer_us = known.layer_us
     if layer_us is None:
         layer_us = seconds[1] / THIN_LAYERS * 1e6  # its weights, 57 KB a layer, lie in a cache
     rest = max(seconds[0] - layers * layer_us / 1e6, seconds[0] / 4)
-    return Measured({**known.speeds, family: layers * per_layer / rest}, layer_us)
+    speeds = {**known.speeds, family: layers * per_layer / rest}
+    if rearranged is not None:
+        speeds[alone(family)] = layers * per_layer / max(rearranged - layers * layer_us / 1e6, rearranged / 4)
+    return Measured(speeds, layer_us)
 
 
 async def _ask(
-    engine: Engine, device: Device, threads: int, models: Iterable[Path], sampled: tuple[int, int]
-) -> list[float]:
-    """The best seconds of a token for each model."""
+    engine: Engine, device: Device, threads: int, models: Iterable[Path], sampled: tuple[int, int], within_s: float
+) -> dict[tuple[str, bool], float]:
+    """The best seconds of a token for each model, with its weights rearranged or not."""
     tokens, samples = sampled
     argv = [str(engine.llama_bench), "-o", "json", "-p", "0", "-n", str(tokens), "-r", str(samples)]
-    argv += ["-t", str(threads), "--repack", "0", "-lm", "none", "--offline"]
+    argv += ["-t", str(threads), "--repack", "0,1" if device.kind == "cpu" else "0", "-lm", "none", "--offline"]
     argv += ["-ngl", "0"] if device.kind == "cpu" else ["-ngl", "99", "-dev", device.name]
     for model in models:
         argv += ["-m", str(model)]
@@ -178,17 +195,19 @@ async def _ask(
             f"cannot run the engine's {engine.llama_bench.name}: {error}", remedy="mesh engine build"
         ) from error
     try:
-        async with asyncio.timeout(WITHIN_S):
+        async with asyncio.timeout(within_s):
             answer, said = await process.communicate()
     except TimeoutError as error:
-        raise EngineError(f"{device.name} took over {WITHIN_S:.0f} s for some tokens of a small model") from error
+        raise EngineError(f"{device.name} took over {within_s:.0f} s for some tokens of a small model") from error
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
     try:
         runs: list[Mapping[str, Any]] = json.loads(answer)
-        return [min(run["samples_ns"]) / tokens / 1e9 for run in runs]
+        return {
+            (str(run["model_filename"]), bool(run["repack"])): min(run["samples_ns"]) / tokens / 1e9 for run in runs
+        }
     except (ValueError, KeyError, TypeError) as error:
         last = said.decode(errors="replace").strip().splitlines()[-1:] or ["nothing"]
         raise EngineError(f"{engine.llama_bench.name} failed ({process.returncode}): {last[0]}") from error

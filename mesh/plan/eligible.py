@@ -20,6 +20,8 @@ class Seat:
     device: Device
     usable: int
     pace: Pace
+    alone: Pace
+    """Where it serves alone."""
 
     @property
     def id(self) -> NodeId:
@@ -68,7 +70,7 @@ def _mesh_pin(able: Sequence[NodeFacts], current: Layout | None) -> str:
 def seats_of(node: NodeFacts, model: ModelCost) -> list[Seat]:
     """The devices that the node's engine can use, fastest first."""
     seats = [
-        Seat(node, device, usable_bytes(node, device), pace(device, model))
+        Seat(node, device, usable_bytes(node, device), pace(device, model), pace(device, model, solo=True))
         for device in node.devices
         if device.kind in ("cpu", node.backend)
     ]

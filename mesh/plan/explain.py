@@ -57,7 +57,9 @@ def explain(
     model = layout.model
     costs = Costs(model, layout.ctx_size, layout.parallel)
     by_id = {node.id: node for node in members}
-    shares = tuple(_share(member, by_id[member.id], costs, layout.host) for member in layout.ring)
+    shares = tuple(
+        _share(member, by_id[member.id], costs, layout.host, solo=len(layout.ring) == 1) for member in layout.ring
+    )
     ids = [member.id for member in layout.ring]
     parts = ring_parts(ids, sum(share.compute_ms for share in shares), rtt_ms, rates, model.n_embd)
     able, _ = candidates(members, model, current)
@@ -66,9 +68,9 @@ def explain(
     return Explanation(parts, shares, tuple(_runners_up(search, layout, parts.total, members)), more)
 
 
-def _share(member: RingMember, node: NodeFacts, costs: Costs, host: NodeId) -> Share:
+def _share(member: RingMember, node: NodeFacts, costs: Costs, host: NodeId, *, solo: bool) -> Share:
     device = next(device for device in node.devices if device.name == member.device)
-    of = pace(device, costs.model)
+    of = pace(device, costs.model, solo=solo)
     first, end = (0, 0) if member.layers is None else (member.layers[0], member.layers[1] + 1)
     ms = compute_ms(costs, first, end, of, host=member.id == host)
     return Share(member, usable_bytes(node, device), of.bytes_per_second, bool(device.bytes_per_second), ms)

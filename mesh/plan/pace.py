@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mesh.plan.costs import Costs
-from mesh.wire.facts import Device, ModelCost, NodeId, weight_family
+from mesh.wire.facts import Device, ModelCost, NodeId, alone, weight_family
 
 UNKNOWN_RTT_MS = 50.0
 """Pessimistic: a link that nobody has measured should not win against one that somebody has."""
@@ -65,11 +65,15 @@ class Parts:
         return self.compute + self.hops + self.bytes + self.members
 
 
-def pace(device: Device, model: ModelCost) -> Pace:
-    """What ``device`` does with weights as ``model`` has them; a cautious guess by kind when nobody has measured it."""
+def pace(device: Device, model: ModelCost, *, solo: bool = False) -> Pace:
+    """What ``device`` does with weights as ``model`` has them; a cautious guess by kind when nobody has measured it.
+
+    Args:
+        solo: it serves alone, and rearranges them.
+    """
     family = weight_family(model.weights)
     measured = {speed.weights: speed.bytes_per_second for speed in device.speeds if speed.bytes_per_second > 0}
-    of_kind = measured.get(family) or device.bytes_per_second
+    of_kind = measured.get(alone(family) if solo else family) or measured.get(family) or device.bytes_per_second
     if not of_kind:
         return Pace(_SPEED[device.kind], _LAYER_MS.get(device.kind, _ANY_LAYER_MS))
     # A member may say anything: nothing is so slow that its time is no number.

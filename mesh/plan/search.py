@@ -231,7 +231,7 @@ class Search:
 
     def _ring(self, order: tuple[Seat, ...], ranges: Sequence[tuple[int, int]]) -> Ring:
         compute = sum(
-            compute_ms(self.costs, first, end, seat.pace, host=i == 0)
+            compute_ms(self.costs, first, end, seat.pace if len(order) > 1 else seat.alone, host=i == 0)
             for i, (seat, (first, end)) in enumerate(zip(order, ranges, strict=True))
         )
         ids = [s.id for s in order]

@@ -39,7 +39,7 @@ NO_EPOCH = Epoch(0, "")
 
 
 class Speed(Struct, frozen=True):
-    """What a device streams per second of weights of one family (see :func:`weight_family`)."""
+    """What a device streams per second of weights of one family (:func:`weight_family`, :func:`alone`)."""
 
     weights: Annotated[str, Meta(max_length=16)]
     bytes_per_second: Annotated[float, Meta(ge=0, le=1e18)]
@@ -111,6 +111,11 @@ def weight_family(weights: str) -> str:
     if not bits or weights.startswith(("F", "BF")):
         return "F16"
     return "Q4_K" if int(bits[0]) < 6 else "Q8_0"
+
+
+def alone(family: str) -> str:
+    """The name of the speed that a device has with weights it rearranges, as it does where it serves alone."""
+    return f"{family} alone"
 
 
 class LinkFact(Struct, frozen=True):
