@@ -126,11 +126,11 @@ class MeshNode:
         self._close()
         return at
 
-    def kill_engine(self, name: str) -> float:
-        """SIGKILL the node's ``llama-server`` or ``ggml-rpc-server``; returns when."""
+    def kill_engine(self, name: str | None = None) -> float:
+        """SIGKILL the node's ``llama-server`` or ``ggml-rpc-server``, or whichever it runs; returns when."""
         pids = self.engine_pids(name)
         if not pids:
-            raise MeshNodeError(f"{self.machine} runs no {name}")
+            raise MeshNodeError(f"{self.machine} runs no {name or 'engine'}")
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         return time.monotonic()

@@ -47,6 +47,8 @@ class Task:
     directory: Path
     ubatch: int = 0
     """Tokens of a micro-batch, for experiments; 0 leaves the choice to whoever makes the command."""
+    parallel: int = 1
+    """Requests at the same time, each with ``ctx_size`` of context."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,9 @@ def layout_of(task: Task, counts: Sequence[int], names: Sequence[str] | None = N
         at += count
     mode: Literal["solo", "split"] = "split" if len(ring) > 1 else "solo"
     kept = 2 * task.ctx_size * sum(model.kv_bytes_per_token)  # as a plan gives with memory to spare
-    return Layout(mode, names[0], model, tuple(ring), ctx_size=task.ctx_size, parallel=1, prompt_cache_bytes=kept)
+    return Layout(
+        mode, names[0], model, tuple(ring), ctx_size=task.ctx_size, parallel=task.parallel, prompt_cache_bytes=kept
+    )
 
 
 @contextlib.contextmanager
@@ -71,7 +73,7 @@ def mesh(
         names: the machines; None for :func:`bench.servers.machine_names`.
     """
     names = names or machine_names(workers)
-    arguments = ["--no-discovery", "--ctx-size", str(task.ctx_size), "--parallel", "1"]
+    arguments = ["--no-discovery", "--ctx-size", str(task.ctx_size), "--parallel", str(task.parallel)]
     arguments += ["--split", "always" if workers else "never"]
     lab.reset_counters()
     directory = task.directory / f"mesh{workers}-{time.monotonic_ns()}"

@@ -6,12 +6,13 @@ Precedence: flag, then ``--config`` file (same names, underscores), then the def
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ STUN_SERVERS = (
 """Of four operators: two must say the same. Each learns our public address and that somebody there runs something."""
 STUN_VARIABLE = "MESH_STUN"
 """Environment: servers with commas between them, or ``none``."""
+API_KEYS_VARIABLE = "MESH_API_KEYS"
+"""Environment: API keys with commas or line ends between them, besides those of ``--api-key-file``."""
 RELAY_RATE = 2_000_000
 MAX_DRAIN_S = 600
 BACKENDS = ("auto", "cpu", "cuda", "metal", "vulkan", "rocm", "sycl")
@@ -97,6 +100,8 @@ class Settings:
     api_host: str = "127.0.0.1"
     api_port: int = API_PORT
     api_key_file: Path | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """From the environment alone; a file of them is named by ``api_key_file``."""
     advertise: tuple[str, ...] = ()
     max_memory: int = 0
     ctx_size: int = 0
@@ -115,6 +120,14 @@ class Settings:
     """In which requests may finish before a planned change stops what answers them."""
     plain: bool = False
     json_logs: bool = False
+
+    @property
+    def api_is_local(self) -> bool:
+        """Only programs of this machine reach the API."""
+        try:
+            return self.api_host == "localhost" or ipaddress.ip_address(self.api_host).is_loopback
+        except ValueError:
+            return False
 
     def checked(self) -> Settings:
         """The same settings with defaults filled in.
@@ -140,9 +153,10 @@ class Settings:
             raise UsageError(f"drain_s {self.drain_s:g} must be between 0 and {MAX_DRAIN_S} seconds")
         if self.relay_rate < 0 or (self.relay_only and not self.relay_rate):
             raise UsageError(f"relay_rate {self.relay_rate} is no rate to relay at", remedy='write it like "2MB"')
-        if self.api_host not in ("127.0.0.1", "::1", "localhost") and self.api_key_file is None:
+        if not self.api_is_local and self.api_key_file is None and not self.api_keys:
             raise UsageError(
-                f"api_host {self.api_host} opens the API to other machines", remedy="say who may: --api-key-file FILE"
+                f"api_host {self.api_host} opens the API to other machines, and no API key is set",
+                remedy=f"say who may: --api-key-file FILE (one key per line), or {API_KEYS_VARIABLE}=KEY,KEY",
             )
         name = self.name or socket.gethostname().split(".")[0] or "node"
         if len(name) > 64 or not name.isprintable():
@@ -163,6 +177,8 @@ def load_settings(flags: Mapping[str, Any], config: Path | None) -> Settings:
         values["stun"] = os.environ[STUN_VARIABLE].replace(",", " ").split()
     if values.get("stun") == ["none"]:
         values["stun"] = ()
+    written = re.split(r"[,\r\n]", os.environ.get(API_KEYS_VARIABLE, ""))
+    values["api_keys"] = [key.strip() for key in written if key.strip()]
     try:
         return msgspec.convert(values, Settings, dec_hook=_path).checked()
     except msgspec.ValidationError as error:
@@ -193,7 +209,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror}", remedy="check the path given to --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
-    known = {field.name for field in fields(Settings)} - {"role"}
+    known = {setting.name for setting in fields(Settings)} - {"role", "api_keys"}
     values: dict[str, Any] = {}
     for written, value in raw.items():
         name = written.replace("-", "_")

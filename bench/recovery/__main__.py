@@ -36,13 +36,15 @@ from bench.models import find_model
 from bench.recovery.cases import CASES
 from bench.recovery.disk import SlowDiskError
 from bench.recovery.figures import Recovery
-from bench.recovery.strike import Stage, strike
+from bench.recovery.strike import Stage, renew, strike
 from bench.recovery.verdicts import recovery_table, verdicts
 from bench.servers import machine_names
 from bench.tokps import find_programs
 from mesh.config import parse_size
 from mesh.errors import MeshError
 
+STRIKES = 2
+"""Of one run of the nodes. A third within two minutes is held against a machine, and it is left out for a while."""
 ARGUMENTS = ("--split", "always", "--no-discovery", "--json-logs")
 
 
@@ -104,6 +106,8 @@ def measure(options: argparse.Namespace, directory: Path, done: list[Recovery]) 
     with stage_of(options, directory, model) as stage:
         for case in CASES:
             for _ in range(options.runs if case.name in (options.case or [c.name for c in CASES]) else 0):
+                if len(done) % STRIKES == 0 and done:
+                    renew(stage)
                 figures = strike(stage, case)
                 done.append(figures)
                 print(f"{case.name}: next token after {figures.token_s or 0:.2f} s", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import httpx
 
 from bench.lab import Lab
 from bench.measure import BenchError, complete
-from bench.meshnode import MeshNode
+from bench.meshnode import MeshNode, stop_all
 from bench.recovery.cases import Case, Scene
 from bench.recovery.diary import Diary, Entry
 from bench.recovery.disk import SlowDisk
@@ -89,12 +89,20 @@ def strike(stage: Stage, case: Case) -> Recovery:
         if case.kind != "nap":
             _await_ready(stage, diaries[witness.machine], since)
     said = {name: diary.entries() for name, diary in diaries.items()}
-    victim = next(member["id"] for member in ring if member["name"] == _gone(case, scene))
+    # Who leaves is planned away before it goes: that is the first sign of it.
+    victim = next((m["id"] for m in ring if m["name"] == _gone(case, scene) and case.kind != "leave"), "")
     figures = timeline(case.name, epoch, since, said, witness.machine, asker.token_at, victim)
     figures = replace(figures, accused=_accused(case, said, ring, scene.victim), orphans=_orphans(case, scene))
     ended = _mend(case, scene) or ended
     _whole(stage)
     return replace(figures, whole_s=time.time() - ended if case.kind != "nap" else None)
+
+
+def renew(stage: Stage) -> None:
+    """Stop all nodes and start them again, at peace: hold-offs live in their memory."""
+    stop_all(list(stage.nodes.values()))
+    for node in stage.nodes.values():
+        node.start()
 
 
 def _whole(stage: Stage) -> tuple[int, list[dict[str, Any]]]:

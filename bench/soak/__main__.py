@@ -34,9 +34,10 @@ from bench.models import find_model
 from bench.servers import Task
 from bench.soak import census, flaps
 from bench.soak.asking import Asker, Fate, Outcome, Request, ask, every_request, read_whole
-from bench.soak.verdicts import Soak, growth, verdict_table, verdicts, why_table
+from bench.soak.verdicts import Soak, growth, verdicts, why_table
 from bench.soak.watching import Watch, look, read_census
 from bench.tokps import find_programs
+from bench.verdicts import verdict_table
 from mesh.errors import MeshError
 
 MACHINES = ("a", "b", "c", "d")

@@ -12,6 +12,7 @@ from bench import tables
 from bench.soak.asking import Fate, Outcome
 from bench.soak.census import TASKS
 from bench.soak.watching import Sample
+from bench.verdicts import Verdict
 
 SERVES_WITHIN_S = 30.0
 FLAT_RSS_PER_MIN = 200_000
@@ -21,16 +22,6 @@ MORE_WHEN_IDLE = 4
 """Tasks, descriptors and streams that an idle node may have more after the flaps than before them."""
 STREAMS = ("Stream", "Exchange", "Connection", "QuicConnection", "Splice", "Link")
 """Ends of the names of classes that stand for something open."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One bar; ``met`` is None for a figure to see beside the others."""
-
-    what: str
-    bar: str
-    measured: str
-    met: bool | None
 
 
 @dataclass(slots=True)
@@ -144,12 +135,6 @@ def _problems(soak: Soak) -> Iterator[Verdict]:
 def _all(values: Iterable[float], bar: float) -> bool:
     found = list(values)
     return bool(found) and max(found) <= bar
-
-
-def verdict_table(found: Sequence[Verdict]) -> str:
-    words = {True: "yes", False: "NO", None: "-"}
-    rows = [[v.what, v.bar, v.measured or "-", words[v.met]] for v in found]
-    return tables.markdown(["what", "bar", "measured", "met"], rows)
 
 
 def why_table(outcomes: Sequence[Outcome]) -> str:

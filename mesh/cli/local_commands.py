@@ -13,7 +13,7 @@ from mesh.cli.view import make_view
 from mesh.engine.cache import entry_dir, find_engine
 from mesh.engine.pin import SOURCE, engine_pin, patch_queue
 from mesh.errors import StateError
-from mesh.node.prepare import prepare_engine
+from mesh.node.backend import build_for
 
 _LOG_FILES = ("mesh.log", "llama-server.log", "rpc-server.log")
 
@@ -22,7 +22,7 @@ def engine_build(backend: str, as_json: bool) -> None:
     """Build it, or say that it is there."""
     view = make_view(plain=False, json_lines=False, stream=sys.stderr)
     try:
-        engine = prepare_engine(backend, view)
+        engine = build_for(backend, view)
     finally:
         view.close()
     if as_json:

@@ -15,7 +15,16 @@ from click.exceptions import NoArgsIsHelpError
 from mesh import __version__
 from mesh.cli import output
 from mesh.cli.crash import internal_error
-from mesh.cli.options import duration, json_option, net_options, no_node, not_empty, plan_options, state_dir_option
+from mesh.cli.options import (
+    doctor_options,
+    duration,
+    json_option,
+    net_options,
+    no_node,
+    not_empty,
+    plan_options,
+    state_dir_option,
+)
 from mesh.config import BACKENDS, WIRE_DTYPES, default_state_dir, load_settings
 from mesh.errors import MeshError, UsageError
 
@@ -157,16 +166,22 @@ def plan(state_dir: Path | None, as_json: bool, what_if: tuple[str, ...], **flag
 
 
 @cli.command()
-@state_dir_option
+@doctor_options
 @json_option
-def doctor(state_dir: Path | None, as_json: bool) -> None:
-    """Check this machine, with a remedy for each finding.
+def doctor(config: Path | None, as_json: bool, **flags: Any) -> None:
+    """Check this machine and its mesh, with a remedy for each finding.
 
-    Looks at the engine, tools, devices, disk, models, and the node or its ports. Exit 1 when something is wrong.
+    \b
+    mesh doctor                            the node that runs here, or one that would run with the defaults
+    mesh doctor --config mesh.toml         before a first start, with the settings it will have
+
+    Looks at the engine and what builds it, devices, memory, disk, state, models, ports, firewall, NAT, clock, the other
+    members' engines and every link to them, and has each device compute a token. Changes nothing. Exit 1 when something
+    will not work; warnings alone are 0.
     """
     from mesh.cli import doctor as checks
 
-    checks.run(_dir(state_dir), as_json)
+    checks.run(config, as_json, flags)
 
 
 @cli.command()

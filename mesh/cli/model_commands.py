@@ -14,7 +14,8 @@ from mesh.models.demo import DEMO_NAME, write_demo
 from mesh.models.gguf import ModelFile
 from mesh.models.inventory import Inventory, models_directory
 from mesh.models.write import split_gguf
-from mesh.node.prepare import measure, prepare_engine
+from mesh.node.backend import prepare_engine
+from mesh.node.prepare import measure
 
 
 def list_all(as_json: bool) -> None:

@@ -85,3 +85,16 @@ net_options = together(
     click.option("--plain", is_flag=True, default=None, help="Plain lines even in a terminal."),
     click.option("--json-logs", is_flag=True, default=None, help="One JSON object per line."),
 )
+doctor_options = together(
+    state_dir_option,
+    click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="TOML with the node's settings."),
+    click.option("--model", callback=not_empty, metavar="PATH|NAME", help="A model to look at, wherever it is."),
+    click.option(
+        "--backend", type=click.Choice(BACKENDS), help="The engine to look at. Default: the node's, or the best."
+    ),
+    click.option("--max-memory", callback=size, metavar="SIZE", help="As for mesh up."),
+    click.option("--bind-port", type=PORT, metavar="N", help="As for mesh up."),
+    click.option("--bind-host", multiple=True, metavar="ADDR", help="As for mesh up."),
+    click.option("--api-port", type=PORT, metavar="N", help="As for mesh up."),
+    click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="As for mesh up."),
+)

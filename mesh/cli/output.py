@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,11 +30,22 @@ def show_error(error: MeshError, arguments: Sequence[str] = ()) -> None:
     elif "--json-logs" in arguments:
         click.echo(json.dumps({"time": round(time.time(), 3), "kind": "error", "text": error.message, **problem}))
     else:
-        first, *more = printable(error.message).splitlines() or [""]
+        first, *more = _folded(printable(error.message)) or [""]
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(first, err=True)
         for line in (*more, *printable(error.remedy or "").splitlines()):
             click.echo(f"       {line.removeprefix('       ')}", err=True)
+
+
+def _folded(text: str) -> list[str]:
+    """Lines of a message within the terminal's width, by whole words. A file or a pipe gets them as they are."""
+    lines = text.splitlines()
+    if not sys.stderr.isatty():
+        return lines
+    width = max(40, shutil.get_terminal_size().columns - 7)
+    return [
+        part for line in lines for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    ]
 
 
 def printable(text: str) -> str:

@@ -20,10 +20,11 @@ from mesh.engine.cache import Engine
 from mesh.errors import MeshError, StateError, UsageError
 from mesh.identity.key import NodeKey
 from mesh.models.inventory import Inventory
+from mesh.node.backend import prepare_engine
 from mesh.node.facts import OwnFacts
 from mesh.node.pacing import Pacing
 from mesh.node.planning import Imagined, Trial, describe_plan, tried
-from mesh.node.prepare import LocalModel, measure, prepare_engine, prepare_model
+from mesh.node.prepare import LocalModel, measure, prepare_model
 from mesh.node.statedir import find_running
 
 BAR = 16
@@ -116,6 +117,7 @@ def _plan_alone(settings: Settings, imagined: list[Imagined]) -> dict[str, Any]:
         raise MeshError("there is no model to plan for", remedy="mesh plan --model FILE|NAME   (see: mesh models list)")
     me = NodeKey.generate().id
     own = OwnFacts(settings, me, engine, (), model, SystemClock())
+    own.list_devices()
     own.measure()
     _find_speed(engine, model, own)
     members = tried((own.facts((model.cost,)),), me, Trial(what_if=tuple(imagined)))

@@ -9,8 +9,9 @@ from mesh.config import Settings
 from mesh.errors import StateError, UsageError
 from mesh.identity.invite import Invite
 from mesh.models.inventory import Inventory
-from mesh.node.run import api_hosts, read_api_keys
+from mesh.node.run import api_hosts
 from mesh.node.whereabouts import STUN_PORT
+from mesh.proxy.keys import read_api_keys
 from mesh.transport.address import split_address
 from mesh.transport.udp import bind
 
@@ -29,7 +30,7 @@ def check(settings: Settings) -> None:
         split_address(address, default_port=settings.bind_port or 1)
     for server in settings.stun:
         split_address(server, default_port=STUN_PORT)
-    read_api_keys(settings.api_key_file)
+    read_api_keys(settings.api_key_file, settings.api_keys)
     if settings.model is not None:
         Inventory().find(settings.model)
     for host in api_hosts(settings.api_host):

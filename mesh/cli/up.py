@@ -18,10 +18,11 @@ from mesh.cli.view import LoggedView, make_view
 from mesh.config import Settings, format_size
 from mesh.engine.cache import Engine
 from mesh.errors import MeshError, StateError
+from mesh.node.backend import prepare_engine
 from mesh.node.departure import Stop
 from mesh.node.enter import enter
 from mesh.node.newcomer import may_seek, seek
-from mesh.node.prepare import LocalModel, prepare_engine, prepare_model
+from mesh.node.prepare import LocalModel, prepare_model
 from mesh.node.record import Record
 from mesh.node.run import run
 from mesh.node.statedir import StateDir

@@ -22,6 +22,7 @@ from typing import IO
 import filelock
 import psutil
 
+from mesh.config import format_size
 from mesh.engine.cache import (
     BINARIES,
     RECORD,
@@ -35,11 +36,11 @@ from mesh.engine.cache import (
 )
 from mesh.engine.patching import apply_patch
 from mesh.engine.pin import patch_queue
+from mesh.engine.prune import UNFINISHED, prune
 from mesh.engine.source import BuildProgress, fetch_source, unpack_source
 from mesh.engine.toolchain import Toolchain, build_flags, find_toolchain
 from mesh.errors import EngineError
 
-_UNFINISHED = "building-"
 _ERROR = re.compile(r"CMake Error|\berror:|FAILED:")
 _NINJA_STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
 _BYTES_PER_JOB = 1 << 30
@@ -114,6 +115,7 @@ def build_product(
                 return
             _sweep(root)
             _build(root, toolchain, product, progress)
+            _prune(root, progress)
     except OSError as error:
         raise EngineError(
             f"the engine cannot be built in {root}: {error}",
@@ -135,9 +137,21 @@ def _sole_builder(root: Path, progress: BuildProgress) -> Iterator[None]:
         lock.release()
 
 
+def tidy(progress: BuildProgress) -> None:
+    """Remove engines that nobody uses any more, unless somebody builds now: then the builder does."""
+    root = cache_root()
+    with suppress(OSError, filelock.Timeout), filelock.FileLock(root / "build.lock", timeout=0):
+        _prune(root, progress)
+
+
+def _prune(root: Path, progress: BuildProgress) -> None:
+    for removed in prune(root):
+        progress.phase(f"removed an engine of another version: {removed.name}, {format_size(removed.bytes)}")
+
+
 def _sweep(root: Path) -> None:
     """Remove what interrupted builds left. Only under the lock: then nobody works in any of it."""
-    for debris in root.glob(f"{_UNFINISHED}*"):
+    for debris in root.glob(f"{UNFINISHED}*"):
         shutil.rmtree(debris, ignore_errors=True)
 
 
@@ -146,7 +160,7 @@ def _build(root: Path, toolchain: Toolchain, product: Product, progress: BuildPr
     archive = fetch_source(progress)
     entry = product.entry
     (root / "logs").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=root, ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root, ignore_cleanup_errors=True) as scratch:
         shop = _Workshop(
             Path(scratch, "src"), Path(scratch, "obj"), Path(scratch, "engine"), root / "logs" / f"{entry.name}.log"
         )

@@ -143,6 +143,24 @@ def open_programs(directory: Path, names: tuple[str, ...]) -> list[Path] | None:
     return programs if all(os.access(program, os.X_OK) for program in programs) else None
 
 
+def damage(directory: Path) -> str:
+    """What keeps an entry from being an engine, in words; empty when nothing does."""
+    try:
+        record = json.loads((directory / RECORD).read_text("utf-8"))
+        files = dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {RECORD} cannot be read ({type(error).__name__})"
+    for name, size in files.items():
+        try:
+            there = (directory / name).stat().st_size
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        if there != size:
+            return f"{name} has {there} bytes and should have {size}"
+    lame = [name for name in BINARIES if not os.access(executable(directory, name), os.X_OK)]
+    return f"{lame[0]} may not be executed" if lame else ""
+
+
 def open_engine(directory: Path, backend: str) -> Engine | None:
     """The engine in ``directory``, or None unless every file of it is there in full."""
     programs = open_programs(directory, BINARIES)

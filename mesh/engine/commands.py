@@ -55,7 +55,7 @@ def llama_server_command(
         endpoints: ``127.0.0.1:port`` of each worker's tunnel, in ring order.
         threads: of the CPU backend.
         rpc_secret: what every worker's server of this epoch expects, 16 to 64 bytes.
-        gpu_layers: in solo mode on a GPU, how many layers (the last ones) it takes; None for all.
+        gpu_layers: at most so many of the host's layers (the last ones) on its GPU; None for all.
         embeddings: answer ``/v1/embeddings`` too, by the mean over all tokens; costs ``512 * n_vocab * 4`` bytes.
         wire_dtype: number format of activations between machines, ``f32`` or ``f16``, which rounds them.
 
@@ -70,16 +70,18 @@ def llama_server_command(
     argv = [str(engine.llama_server), "--model", str(model_path), "--alias", layout.model.name]
     argv += ["--host", LOOPBACK, "--port", str(port), "--no-ui", "--metrics", "--offline"]
     argv += ["-t", str(threads), "-c", str(context * layout.parallel), "-np", str(layout.parallel), "-fit", "off"]
+    if layout.ring[0].device != "CPU":
+        argv += ["-lv", "4"]  # it says what it puts where, which is checked
     if embeddings:
         argv += ["--embeddings", "--pooling", "mean"]
     # Alone as in a ring, so that a conversation that moves from one to the other is computed by the same kernels.
     env = {"MESH_MICRO_BATCH": str(micro_batch(layout))}
     if layout.workers:
-        argv += split_arguments(layout, endpoints)
+        argv += split_arguments(layout, endpoints, gpu_layers)
         # Checkpoints are made in host memory, and would drag the KV cache through the network. A mapped file would be
         # read in whole, the workers' layers included.
         argv += ["-lm", "none", "-ctxcp", "0"]
-        # The server sends two tokens around the ring before it serves, warm-up or not.
+        # A token goes around the ring before anybody is told of it (supervise/probe.py): one more would be for nothing.
         argv += ["--no-warmup"]
         # Workers never repack weights. Where the host's CPU would, its results depend on what else is in the batch, and
         # the same prompt may be continued in two ways.
@@ -129,15 +131,16 @@ def solo_arguments(host: RingMember, gpu_layers: int | None = None) -> list[str]
     return ["-dev", host.device, "-ngl", "all" if gpu_layers is None else str(gpu_layers)]
 
 
-def split_arguments(layout: Layout, endpoints: Sequence[str]) -> list[str]:
-    """Which device carries which layers.
+def split_arguments(layout: Layout, endpoints: Sequence[str], gpu_layers: int | None = None) -> list[str]:
+    """Which device carries which layers; of the host's own at most ``gpu_layers`` on its GPU.
 
     The engine offloads the last ``-ngl`` layers, the output layer being the very last, and deals them to ``-dev`` in
     order, as many to each as ``-ts`` says; what is not offloaded stays with the host's CPU, at the front.
     """
     host = layout.ring[0]
-    on_gpu = host.device != "CPU" and host.layers is not None
-    devices = [(host.device, _count(host))] if on_gpu else []
+    on_gpu = host.device != "CPU" and host.layers is not None and gpu_layers != 0
+    # What it must not take stays with the processor, at the front.
+    devices = [(host.device, _count(host) if gpu_layers is None else min(gpu_layers, _count(host)))] if on_gpu else []
     devices += [(f"RPC{n}", _count(worker)) for n, worker in enumerate(layout.workers)]
     if len(devices) > _MAX_DEVICES:
         raise EngineError(f"the layout has {len(devices)} devices, and the engine takes {_MAX_DEVICES}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mesh.engine import needs
+from mesh.engine.distribution import compiler_remedy
 from mesh.errors import EngineError, UsageError
 
 _COMMON_FLAGS = (
@@ -41,13 +42,6 @@ _BACKEND_FLAGS = {
     "sycl": (_NO_METAL, "-DGGML_SYCL=ON", "-DCMAKE_C_COMPILER=icx", "-DCMAKE_CXX_COMPILER=icpx"),
 }
 BACKENDS = tuple(_BACKEND_FLAGS)
-# Backend -> (a program its compiler brings, what a person installs to have it).
-_BACKEND_NEEDS = {
-    "cuda": ("nvcc", "the NVIDIA CUDA toolkit (nvcc must be in PATH)"),
-    "vulkan": ("glslc", "the Vulkan SDK (glslc must be in PATH)"),
-    "rocm": ("hipconfig", "AMD ROCm with HIP (hipconfig must be in PATH)"),
-    "sycl": ("icpx", "Intel oneAPI (run its setvars script first)"),
-}
 _OLDEST_CMAKE = (3, 18)
 
 
@@ -90,17 +84,14 @@ def find_toolchain(backend: str) -> Toolchain:
         missing.append("Ninja")
     if cmake is None or ninja is None:
         remedies.append("pip install cmake ninja")
-    program, product = _BACKEND_NEEDS.get(backend, ("", ""))
-    if program and shutil.which(program) is None:
-        missing.append(program)
-        remedies.append(f"install {product}")
-    if backend == "metal" and sys.platform != "darwin":
-        missing.append("macOS, for Metal")
-        remedies.append("choose another --backend")
+    for need in needs.missing(backend):
+        missing.append(need.what)
+        remedies.append(need.remedy)
     if missing or cmake is None or ninja is None:
         raise EngineError(
-            f"the engine cannot be compiled here: missing {', '.join(missing)}",
-            remedy="\n       ".join(remedies),
+            f"the engine cannot be built for {backend} here: missing {'; '.join(missing)}",
+            remedy="\n".join(dict.fromkeys(remedies)),
+            code="toolchain",
         )
     return Toolchain(cmake, ninja)
 
@@ -134,31 +125,3 @@ def _has_compiler() -> bool:
         return selected.returncode == 0
     names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
     return any(shutil.which(name.split()[0]) for name in names if name.strip())
-
-
-def compiler_remedy() -> str:
-    """The command that installs a C++ compiler on this platform."""
-    if sys.platform == "darwin":
-        return "xcode-select --install"
-    if sys.platform == "win32":
-        return (
-            'install Visual Studio Build Tools with "Desktop development with C++", '
-            'then run mesh from its "x64 Native Tools Command Prompt"'
-        )
-    try:
-        release = platform.freedesktop_os_release()
-    except OSError:
-        release = {}
-    family = f"{release.get('ID', '')} {release.get('ID_LIKE', '')}".split()
-    commands = {
-        "debian": "sudo apt install build-essential",
-        "ubuntu": "sudo apt install build-essential",
-        "fedora": "sudo dnf install gcc gcc-c++",
-        "rhel": "sudo dnf install gcc gcc-c++",
-        "arch": "sudo pacman -S base-devel",
-        "suse": "sudo zypper install gcc gcc-c++",
-        "alpine": "sudo apk add build-base linux-headers",
-    }
-    return next(
-        (commands[name] for name in family if name in commands), "install gcc and g++ with your package manager"
-    )

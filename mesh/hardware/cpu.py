@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from mesh.hardware import android
 from mesh.hardware.cgroup import Limits, limits
 from mesh.wire.facts import Device
 
@@ -16,7 +17,8 @@ from mesh.wire.facts import Device
 def devices() -> tuple[Device, ...]:
     """One device: the memory this process may use."""
     memory = psutil.virtual_memory()
-    return (_device(memory.total, memory.available, _limits(), _model_name()),)
+    device = _device(memory.total, memory.available, _limits(), _model_name())
+    return (_sparing(device) if android.is_android() else device,)
 
 
 def usable_cores() -> int:
@@ -44,6 +46,12 @@ def _device(total: int, available: int, allowed: Limits, description: str) -> De
     if allowed.free_bytes is not None:
         available = min(available, allowed.free_bytes)
     return Device("CPU", "cpu", description, total, min(available, total))
+
+
+def _sparing(device: Device) -> Device:
+    """A share of it: Android ends whoever takes most."""
+    free = int(device.free_bytes * android.SHARE)
+    return Device(device.name, device.kind, f"{device.description}, Android", device.total_bytes, free)
 
 
 def _limits() -> Limits:

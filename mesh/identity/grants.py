@@ -109,6 +109,10 @@ class Roster:
         """Public keys of everyone who was ever granted anything."""
         return tuple(dict.fromkeys(grant.subject for grant in self._grants))
 
+    def members(self, wall: float) -> set[bytes]:
+        """Public keys of everyone who may take part at ``wall``."""
+        return {grant.subject for grant in self._warrants(wall) if self._stands(grant)}
+
     def add(self, grants: Iterable[Grant], wall: float, *, vouched: bool = False) -> bool:
         """Take in new grants that lead to the founder at ``wall``; the others leave no trace.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mesh.clock import Clock
-from mesh.errors import MeshError
+from mesh.errors import MeshError, TransportError
 from mesh.membership.knocks import Knocks
 from mesh.membership.link import Link
 from mesh.transport.address import split_address
@@ -33,6 +33,7 @@ SETTLE_WITHIN_S = 0.5
 KNOCK_WITHIN_S = 1.0
 """A ticket may be shown before its knock has come: the two travel apart."""
 TRIAL_WITHIN_S = 3.0
+EXAMINED_WITHIN_S = 6.0
 MAX_DIALS = 8
 """To one peer at once: under what it takes of strangers from one address."""
 MAX_ECHOES = 32
@@ -80,6 +81,24 @@ class Trial:
             rtt_ms, rate = self.found.quic_rtt_ms or recent_ms, self.found.quic_bytes_per_second
         grown = max(recent_ms - self.acknowledged_ms, 0.0)
         return min(rtt_ms, max(recent_ms, _LEAST_MS)) if grown < _DRIFT_MS else rtt_ms + grown, rate
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a test of one link found.
+
+    Attributes:
+        rtt_ms: shortest echo of a small packet.
+        burst_ms: echo of ``burst_bytes``, there and back.
+        clock_ahead_s: how far the peer's clock is ahead of ours, give or take ``clock_within_s``; None: not told.
+    """
+
+    path: Path
+    rtt_ms: float
+    burst_ms: float
+    burst_bytes: int
+    clock_ahead_s: float | None
+    clock_within_s: float
 
 
 class BulkLanes:
@@ -149,7 +168,7 @@ class BulkLanes:
         if len(self._echoes) >= MAX_ECHOES:
             stream.abort()
             return
-        task = asyncio.get_running_loop().create_task(_echo(stream))
+        task = asyncio.get_running_loop().create_task(_echo(stream, self._clock.wall()))
         self._echoes.add(task)
         task.add_done_callback(self._echoes.discard)
 
@@ -169,7 +188,29 @@ class BulkLanes:
         rtt_ms, rate = way.tried.over(way.choice.path, recent_ms)
         return LinkFact(link.peer, round(rtt_ms, 3), round(rate, -3))
 
-    async def open(self, link: Link, request: Open, timeout: float) -> Stream:
+    async def examine(self, link: Link) -> Examined:
+        """Time a small packet and a burst over the lane that is in use, and compare clocks.
+
+        Raises:
+            TransportError: the link broke, or it took too long.
+        """
+        told: list[float] = []
+        asked = self._clock.wall()
+        try:
+            async with asyncio.timeout(EXAMINED_WITHIN_S):
+                stream = await self.open(
+                    link, OpenProbe(), EXAMINED_WITHIN_S, heard=lambda opened: told.append(opened.wall)
+                )
+                heard = self._clock.wall()
+                echoes = await self._measure(stream)
+        except (TimeoutError, EOFError) as error:
+            raise TransportError(f"node {link.peer} did not send back what it got", code="no-answer") from error
+        ahead = told[0] - (asked + heard) / 2 if told and told[0] > 0 else None
+        return Examined(link.path, echoes.rtt_ms, echoes.burst_ms, _BURST_BYTES, ahead, (heard - asked) / 2)
+
+    async def open(
+        self, link: Link, request: Open, timeout: float, *, heard: Callable[[Opened], None] = lambda opened: None
+    ) -> Stream:
         """Open a stream for ``request`` over the lane that is better now; raises what :meth:`Link.open_bulk` does."""
         began = self._clock.now()
         way = self._ways.get(link.peer)
@@ -179,8 +220,9 @@ class BulkLanes:
             if way.choice.path == "tcp":
                 stream = await self._open_over_tcp(self._tcp, link, way, request)
                 if stream is not None:
-                    return await link.open_bulk(request, timeout - (self._clock.now() - began), begun=stream)
-        return await link.open_bulk(request, timeout - (self._clock.now() - began))
+                    left = timeout - (self._clock.now() - began)
+                    return await link.open_bulk(request, left, begun=stream, heard=heard)
+        return await link.open_bulk(request, timeout - (self._clock.now() - began), heard=heard)
 
     async def close(self) -> None:
         """Stop every task. The lane is its owner's to close."""
@@ -324,11 +366,11 @@ def _host_of(link: Link) -> str:
     return "" if link.connection.path == "relay" else split_address(link.address)[0]
 
 
-async def _echo(stream: Stream) -> None:
+async def _echo(stream: Stream, wall: float) -> None:
     left = _ECHO_BYTES
     try:
         async with asyncio.timeout(_ECHO_WITHIN_S):
-            await stream.write(encode(Opened()))
+            await stream.write(encode(Opened(wall)))
             while left and (data := await stream.read(left)):
                 await stream.write(data)
                 left -= len(data)

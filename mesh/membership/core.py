@@ -54,7 +54,7 @@ class Membership:
 
     Args:
         facts: this node's own.
-        incarnation: larger than in any earlier run of this node; ``int(wall seconds) << BOOT_SHIFT`` will do.
+        incarnation: larger than in any earlier run of this node; the number of the run ``<< BOOT_SHIFT``.
         probe_interval: seconds of silence after which a peer is probed. Doubles and so on past 32 members.
         ping_timeout: seconds until an unanswered probe makes a suspect; the measured round trip is added.
         stall_allowance: seconds a peer may sleep without being called dead; see :class:`Patience` for when it is.
@@ -126,9 +126,8 @@ class Membership:
         if not self._stale and self._due is not None:
             return self._due
         self._stale = False
-        self._due = min(
-            (due for peer in self._peers.values() if (due := self._patience.due(peer)) is not None), default=None
-        )
+        due = self._patience.due
+        self._due = min([at for peer in self._peers.values() if (at := due(peer)) is not None], default=None)
         return self._due
 
     # -- events --------------------------------------------------------------------------------------------------------
@@ -139,16 +138,22 @@ class Membership:
             return []
         self._out = []
         self._doubt_ourselves(now)
-        self._stale |= not isinstance(event, Heard | Received)
+        if isinstance(event, Received):  # most of all that comes, so asked first
+            self._heard(event.peer, now)
+            self._received(event.peer, event.message, now)
+        elif isinstance(event, Heard):
+            self._heard(event.peer, now)
+        else:
+            self._stale = True
+            self._take(event, now)
+        if not self._stale:
+            self._stale = not all(isinstance(effect, Send) for effect in self._out)
+        return self._out
+
+    def _take(self, event: Event, now: float) -> None:
         match event:
-            case Heard(peer):
-                self._heard(peer, now)
-            case Received(peer, message):
-                self._heard(peer, now)
-                self._received(peer, message, now)
             case Tick():
-                for known in list(self._peers.values()):
-                    self._watch(known, now)
+                self._due, self._stale = self._watch_all(now), False
             case LinkUp(peer, facts):
                 self._link_up(peer, facts, now)
             case LinkDown(peer, reason):
@@ -161,8 +166,8 @@ class Membership:
             case Leave(reason):
                 self._left = True
                 self._out.append(Broadcast(Leaving(reason)))
-        self._stale |= any(not isinstance(effect, Send) for effect in self._out)
-        return self._out
+            case _:
+                pass
 
     def _doubt_ourselves(self, now: float) -> None:
         """Being late for our own timer means that we slept, not that everyone else died."""
@@ -250,6 +255,18 @@ class Membership:
                 pass
 
     # -- probing -------------------------------------------------------------------------------------------------------
+
+    def _watch_all(self, now: float) -> float | None:
+        """Do what is due, and say when something will be next."""
+        soonest: float | None = None
+        for peer in list(self._peers.values()):
+            due = self._patience.due(peer)
+            if due is not None and due <= now:
+                self._watch(peer, now)
+                due = self._patience.due(peer)
+            if due is not None and (soonest is None or due < soonest):
+                soonest = due
+        return soonest
 
     def _watch(self, peer: Peer, now: float) -> None:
         if not peer.is_member:
@@ -364,6 +381,8 @@ class Membership:
                 self._out.append(MemberFacts(facts.id, facts))
 
     def _note_cut(self, reporter: NodeId, node: NodeId, cut: bool) -> None:
+        if not self._cuts.would_change(reporter, node, cut):
+            return
         before = self._known_cuts()
         self._cuts.note(reporter, node, cut)
         if self._known_cuts() != before:

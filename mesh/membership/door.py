@@ -16,6 +16,9 @@ from mesh.wire.messages import PROTOCOL, Hello, Join, Joined, MemberAddress, Ref
 
 MAX_CHAIN = 64
 """Grants a Hello may carry: each costs a signature check before we know whom we talk to."""
+MAX_MEMBERS = 128
+"""Everybody watches everybody: past this a crash is noticed too late, and what members say of each other when one joins
+is tens of megabytes. Nobody is let in beyond it; whoever is in stays."""
 FRESH_S = 3.0
 """How long two nodes that dialed each other at once may take to find out."""
 
@@ -26,6 +29,7 @@ REMEDIES = {
     "protocol": "update mesh on both machines:  git pull",
     "not-a-member": "join first:  on a machine of the mesh  mesh invite,  here  mesh up --join TOKEN",
     "revoked": "somebody ran `mesh revoke` for this machine; ask for a new invite",
+    "full": "revoke members that are gone for good (mesh status, mesh revoke NODE), or found a second mesh",
     "too-many": "wait a minute and try again",
 }
 """What to do about each code of :class:`Refused`."""
@@ -92,6 +96,9 @@ def answer_join(
     if role is None:
         if book is None or roster.role_of(key.public, wall) != "worker":
             return Refused("unknown", "this node does not invite")
+        full = _is_full(joiner, roster, wall)
+        if full is not None:
+            return full
         try:
             role = book.redeem(join.secret, wall)
         except AdmissionError as error:
@@ -113,6 +120,9 @@ def let_in(
     if roster.role_of(joiner, wall) not in (role, "worker"):
         if roster.role_of(key.public, wall) != "worker":
             return Refused("unknown", "this node does not invite")
+        full = _is_full(joiner, roster, wall)
+        if full is not None:
+            return full
         grant = sign_grant(
             key, mesh=roster.mesh, subject=joiner, role=role, wall=_after_revocation(roster, joiner, wall)
         )
@@ -120,6 +130,13 @@ def let_in(
         if roster.role_of(joiner, wall) not in (role, "worker"):
             return Refused("full", f"this mesh holds {len(roster.grants)} grants, which is all it can")
     return Joined(roster.mesh, mesh_name, roster.founder, roster.grants, tuple(members)[:256])
+
+
+def _is_full(joiner: bytes, roster: Roster, wall: float) -> Refused | None:
+    members = roster.members(wall)
+    if len(members) < MAX_MEMBERS or joiner in members:
+        return None
+    return Refused("full", f"this mesh has {len(members)} members, which is all that can watch each other")
 
 
 def _after_revocation(roster: Roster, subject: bytes, wall: float) -> float:

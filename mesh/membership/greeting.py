@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mesh.clock import Clock
-from mesh.errors import MeshError, TransportError, WireError
+from mesh.errors import MeshError, StateError, TransportError, WireError
 from mesh.identity.grants import Roster
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
@@ -179,16 +179,22 @@ class Greeter:
             raise WireError(f"a stranger said {type(message).__name__}")
 
     async def _answer_join(self, connection: Connection, stream: Stream, join: Join, source: str) -> None:
-        answer = answer_join(
-            join,
-            connection.peer_key,
-            key=self._key,
-            roster=self._roster,
-            book=self._invites,
-            mesh_name=self._mesh_name,
-            members=self._house.address_list(),
-            wall=self._clock.wall(),
-        )
+        try:
+            answer = answer_join(
+                join,
+                connection.peer_key,
+                key=self._key,
+                roster=self._roster,
+                book=self._invites,
+                mesh_name=self._mesh_name,
+                members=self._house.address_list(),
+                wall=self._clock.wall(),
+            )
+        except StateError as error:
+            log.warning("%s", error.message)
+            text = "the inviting machine cannot write to its disk, and lets nobody in until it can"
+            await self._refuse(connection, stream, Refused("disk", text))
+            return
         if isinstance(answer, Refused):
             self._gate.failed(source, self._clock.now())
             await self._refuse(connection, stream, answer)

@@ -49,6 +49,9 @@ class Cuts:
         else:
             self._by_reporter.get(reporter, set()).discard(node)
 
+    def would_change(self, reporter: NodeId, node: NodeId, cut: bool) -> bool:
+        return cut != (node in self._by_reporter.get(reporter, ()))
+
     def start_over(self, reporter: NodeId) -> None:
         """``reporter`` is about to tell all it knows."""
         self._by_reporter.pop(reporter, None)

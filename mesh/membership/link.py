@@ -12,7 +12,7 @@ from mesh.errors import AdmissionError, MeshError, TransportError, WireError
 from mesh.transport.lane import Connection, Path, Stream
 from mesh.wire.codec import MAX_OPEN_FRAME, control_decoder, encode, open_decoder, open_reply_decoder, read_frame
 from mesh.wire.facts import NodeFacts, NodeId, Role
-from mesh.wire.messages import Control, Open, OpenControl, OpenFailed
+from mesh.wire.messages import Control, Open, OpenControl, Opened, OpenFailed
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +101,19 @@ class Link:
         """Everything queued so far was handed to the transport."""
         await self._idle.wait()
 
-    async def open_bulk(self, request: Open, timeout: float, *, begun: Stream | None = None) -> Stream:
+    async def open_bulk(
+        self,
+        request: Open,
+        timeout: float,
+        *,
+        begun: Stream | None = None,
+        heard: Callable[[Opened], None] = lambda opened: None,
+    ) -> Stream:
         """Open a stream for ``request``.
 
         Args:
             begun: one over another lane, on which ``request`` has been said; None: open one on the connection.
+            heard: told the answer.
 
         Raises:
             AdmissionError: the peer refused, with its code and message.
@@ -131,6 +139,7 @@ class Link:
         if isinstance(reply, OpenFailed):
             stream.abort()
             raise AdmissionError(reply.message, code=reply.code)
+        heard(reply)
         return stream
 
     def take_stream(self, stream: Stream) -> None:

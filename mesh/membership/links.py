@@ -13,7 +13,7 @@ from mesh.identity.grants import Roster, known_as
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey, node_id
 from mesh.membership.approvals import Approvals
-from mesh.membership.bulk import BulkLanes
+from mesh.membership.bulk import BulkLanes, Examined
 from mesh.membership.callbacks import Callbacks as Callbacks
 from mesh.membership.desk import Desk
 from mesh.membership.dialer import Dialer
@@ -177,6 +177,17 @@ class Links:
             raise TransportError(f"node {peer} is not connected", code="not-connected")
         return await self._bulk.open(link, request, timeout)
 
+    async def examine(self, peer: NodeId) -> Examined:
+        """Test the link to ``peer``: its times, and the peer's clock.
+
+        Raises:
+            TransportError: not connected, or the link does not carry.
+        """
+        link = self._links.get(peer)
+        if link is None:
+            raise TransportError(f"node {peer} is not connected", code="not-connected")
+        return await self._bulk.examine(link)
+
     def learn(self, member: MemberAddress) -> None:
         """``member`` may be reached at these addresses: try soon."""
         if member.id == self._key.id or self._closed:
@@ -315,6 +326,8 @@ class Links:
             self._keep(peer)
             self._dialer.kick(peer)
         self._tell.on_up(peer, facts, connection)
+        if verdict.changed:
+            self._expulsion.review(peer)
         return link
 
     def forget(self, node: NodeId) -> None:
@@ -337,6 +350,14 @@ class Links:
             else:
                 self.ways.unwanted(link.peer)
             self._tell.on_down(link.peer, reason)
+
+    def show_out(self, link: Link, reason: str) -> None:
+        """Let it read why, for a moment, then close."""
+        self.spawn(self._show_out(link, reason))
+
+    async def _show_out(self, link: Link, reason: str) -> None:
+        await flush(link)
+        self.lose(link, reason)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do this beside; it ends with the links."""

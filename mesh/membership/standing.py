@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from mesh.wire.facts import NodeFacts, NodeId
@@ -93,9 +93,10 @@ class Peer:
     boot: int = 0
     """Which run of its process told us its incarnation; 0: not told since it came in."""
 
-    @property
-    def id(self) -> NodeId:
-        return self.facts.id
+    id: NodeId = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = self.facts.id
 
     @property
     def is_member(self) -> bool:

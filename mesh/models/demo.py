@@ -88,6 +88,7 @@ def write_demo(
     *,
     preset: str = "demo",
     seed: int = SEED,
+    chat_template: str = CHAT_TEMPLATE,
     progress: write.Progress = lambda done, total: None,
 ) -> ModelFile:
     """Write a demo model, whole or not at all.
@@ -96,6 +97,7 @@ def write_demo(
         vocab: a GGUF whose tokenizer is taken over (:meth:`Engine.vocab`).
         preset: a key of :data:`PRESETS`.
         seed: another seed gives a model of the same shape that says other words.
+        chat_template: Jinja; with another one it is not the demo model that every member can write for itself.
 
     Raises:
         ModelError: ``vocab`` is not usable, or ``path`` cannot be written.
@@ -120,9 +122,9 @@ def write_demo(
         write.u32("llama.rope.dimension_count", HEAD),
         write.u32("llama.vocab_size", n_vocab),
         *write.copied(header, lambda key: key.startswith("tokenizer.") and key != "tokenizer.chat_template"),
-        write.text("tokenizer.chat_template", CHAT_TEMPLATE),
+        write.text("tokenizer.chat_template", chat_template),
     ]
-    if preset == "demo" and seed == SEED:
+    if preset == "demo" and seed == SEED and chat_template == CHAT_TEMPLATE:
         entries.append(write.u32("mesh.demo.version", DEMO_VERSION))
     tensors = [
         _q8("token_embd.weight", shape.n_embd, n_vocab, 0, partial(weights.embedding, n_vocab)),

@@ -61,6 +61,12 @@ class FingerprintCache:
         entry = self._read(self._place(identities))
         return entry[1] if entry is not None and entry[0] == identities else None
 
+    def changed(self, paths: Sequence[Path]) -> str | None:
+        """The fingerprint that was taken of these files before they changed; None: they have not, or none was."""
+        identities = [_Identity.of(p) for p in paths]
+        entry = self._read(self._place(identities))
+        return entry[1] if entry is not None and entry[0] != identities else None
+
     def put(self, paths: Sequence[Path], fingerprint: str) -> None:
         """Remember. A cache that cannot be written is no error: the next node start hashes again."""
         self._put([_Identity.of(p) for p in paths], fingerprint)

@@ -13,6 +13,7 @@ from mesh.clock import Clock
 from mesh.errors import AdmissionError, PlanError, UsageError
 from mesh.identity.invite import create_invite
 from mesh.identity.pairing import read_code
+from mesh.node.checkup import checkup
 from mesh.node.node import Node
 from mesh.node.planning import Trial
 from mesh.node.status import describe_device
@@ -64,6 +65,8 @@ class Control:
             UsageError: there is no such call, or its arguments are wrong.
             MeshError: it cannot be done.
         """
+        if name == "checkup":
+            return await checkup(self._node)
         if name == "approve":
             return await self._approve(str(args.get("code", "")))
         function = self._calls.get(name)

@@ -53,7 +53,7 @@ async def _join(
         joined = await join(endpoint, invite, name=settings.name, public=key.public, wall=clock.wall())
     finally:
         await endpoint.close()
-    record = from_join(joined)
+    record = from_join(joined, left)
     save_record(settings.state_dir, record)
     if left is not None and left.mesh != record.mesh:
         view.show(Notice("mesh", f'left "{left.name}", where this machine was alone', {"mesh": left.mesh}))

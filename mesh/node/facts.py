@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import msgspec
@@ -10,8 +11,10 @@ from mesh import __version__, hardware
 from mesh.clock import Clock
 from mesh.config import Settings
 from mesh.engine.cache import Engine
+from mesh.engine.devices import list_devices, usable
 from mesh.engine.pin import engine_pin
 from mesh.engine.speed import Measured
+from mesh.errors import EngineError
 from mesh.node.prepare import LocalModel
 from mesh.wire.facts import Device, LinkFact, ModelCost, NodeFacts, NodeId
 
@@ -20,6 +23,7 @@ LINKS_EVERY_S, LINKS_SOON_S = 30.0, 2.0
 MAX_LINKS = 64
 DRIFT = 0.25
 """Share of a round trip by which it must have changed; and a millisecond."""
+log = logging.getLogger(__name__)
 NOTABLE = 0.05
 """Share of free memory that must come or go before the others are told: it moves all the time."""
 
@@ -44,6 +48,10 @@ class OwnFacts:
         self._devices: tuple[Device, ...] = ()
         self._speeds: dict[str, Measured] = {}
         self._linked_at = -math.inf
+        self._battery = False
+        self._listed: tuple[Device, ...] = ()
+        self._engine = engine
+        self._uses_gpu = settings.gpu_layers != 0
         self._backend = "" if engine is None else engine.backend
         self._facts = NodeFacts(
             id=me,
@@ -68,16 +76,25 @@ class OwnFacts:
             split=settings.split,  # type: ignore[arg-type]  # checked with the settings
         )
 
+    def list_devices(self) -> None:
+        """Ask the engine what it can compute on: the last word. Blocks, a second or so with a GPU."""
+        if self._engine is None or self._backend == "cpu":
+            return
+        try:
+            self._listed = list_devices(self._engine)
+        except EngineError as error:
+            log.warning("%s", error.message)
+
     def measure(self) -> bool:
         """Look at the devices again. Returns whether something changed that others should know."""
         if not self._backend:
             return False
-        # The engine computes on what it was built for, whatever else the machine has.
-        found = tuple(device for device in hardware.devices() if device.kind in (self._backend, "cpu"))
-        if self._backend != "cpu" and any(device.kind == self._backend for device in found):
-            found = tuple(device for device in found if device.kind == self._backend)
+        plugged = self._battery
+        self._battery = hardware.power().on_battery is True
+        listed = self._listed if self._uses_gpu else ()
+        found = usable(listed, hardware.devices(), self._backend)
         if not _differ(self._devices, found):
-            return False
+            return self._battery != plugged
         self._devices = found
         return True
 
@@ -101,6 +118,11 @@ class OwnFacts:
         self._renew(links=links[:MAX_LINKS])
         return True
 
+    def computes_on(self, device: str) -> None:
+        """The engine's log says that the share is on ``device``; empty: where the layout has it."""
+        if device != self._facts.computes_on:
+            self._renew(computes_on=device)
+
     def moved(self, addresses: tuple[str, ...]) -> None:
         """This node is reached at ``addresses`` from now on."""
         self._renew(addresses=addresses)
@@ -112,8 +134,8 @@ class OwnFacts:
     def facts(self, models: tuple[ModelCost, ...]) -> NodeFacts:
         """The facts as they are now."""
         devices = tuple(self._speeds.get(device.name, _UNKNOWN).on(device) for device in self._devices)
-        if models != self._facts.models or devices != self._facts.devices:
-            self._renew(models=models, devices=devices)
+        if (models, devices, self._battery) != (self._facts.models, self._facts.devices, self._facts.battery):
+            self._renew(models=models, devices=devices, battery=self._battery)
         return self._facts
 
     def _renew(self, **changes: object) -> None:

@@ -10,7 +10,7 @@ from mesh.config import format_size
 from mesh.membership.requests import Request
 from mesh.membership.view import View as Members
 from mesh.notice import Notice, View
-from mesh.wire.facts import NO_EPOCH, Layout, NodeId
+from mesh.wire.facts import NO_EPOCH, Layout, NodeId, RingMember
 from mesh.wire.messages import LoadProgress
 
 ASK_AGAIN_S = 900.0
@@ -106,6 +106,16 @@ class Narrator:
     def loading(self, progress: LoadProgress) -> None:
         """A member reads its weights."""
         self._view.progress(self._loading_on(progress.node), progress.done_bytes, max(progress.total_bytes, 1))
+
+    def misplaced(self, share: RingMember, really: str) -> None:
+        """The engine computes on something else than was planned: slower by far, and in other memory."""
+        self._say(
+            "warning",
+            f"asked for {share.device}, but the engine put its layers on {really}: this machine is slower than "
+            "planned, and takes other memory. See:  mesh logs   mesh doctor",
+            asked=share.device,
+            device=really,
+        )
 
     def served(self, layout: Layout) -> None:
         """Requests are answered."""

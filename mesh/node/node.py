@@ -21,6 +21,7 @@ from mesh.config import Settings
 from mesh.election.coordinate import Timing
 from mesh.election.core import Election
 from mesh.engine.cache import Engine
+from mesh.engine.placement import Placement
 from mesh.engine.speed import Measured
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
@@ -36,11 +37,12 @@ from mesh.node.prepare import LocalModel
 from mesh.node.record import Ledger, Record
 from mesh.node.shelf import Shelf
 from mesh.node.statedir import command_for
-from mesh.node.status import Counts, build_status
+from mesh.node.status import Counts, build_status, gauges_in
 from mesh.node.underway import UnderWay
 from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
 from mesh.proxy.ingress import Proxy
+from mesh.proxy.metrics import NodeGauges
 from mesh.proxy.upstream import Route
 from mesh.pump import Pump
 from mesh.supervise.core import State
@@ -70,6 +72,8 @@ log = logging.getLogger(__name__)
 LINKS_S = 1.0
 """How often the ways to the others are looked at."""
 REFRESH_S = 10.0
+RELIST_S = 60.0
+"""Between two times that an idle node's engine is asked for its devices: it is a process, and starts a driver."""
 """How often free memory is looked at again while nothing of ours is loaded, and the disk for a missing model."""
 
 
@@ -99,7 +103,7 @@ class Node:
     ) -> None:
         self.settings = settings
         self.key = key
-        self.record = record
+        self.record = record.started(clock.wall())
         self.view = view
         self.invites = InviteBook(settings.state_dir / "invites.json")
         self._clock = clock
@@ -111,7 +115,7 @@ class Node:
         self._pacing = None if engine is None else Pacing(engine, wanted, self._paced, clock.wall)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
-        self._membership = Membership(self.facts, int(clock.wall()) << BOOT_SHIFT)
+        self._membership = Membership(self.facts, self.record.boot << BOOT_SHIFT)
         spread = random.random()  # noqa: S311 - of retries
         timing = Timing(drain=settings.drain_s)
         self._election = Election(key.id, seen=record.epoch, jitter=spread, timing=timing)
@@ -138,10 +142,14 @@ class Node:
             clock=clock,
             tell_host=self._rpc_server_listens,
             announce=self._engine_says,
+            on_placed=self._placed,
             unused=self._under_way.none,
         )
+        self._placed_on = ""
         self._launched: Epoch = NO_EPOCH
         """The number under which the engine was started; a layout may go on under newer ones."""
+        self._starts = 0
+        self.proxy.metrics.node = self.gauges
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self.on_expelled: Callable[[str], None] = lambda reason: None
@@ -189,6 +197,20 @@ class Node:
         seen = self._membership.view()
         return build_status(self.facts, self.record.mesh, seen, self._election.status(), self.links.peers(), counts)
 
+    @property
+    def members(self) -> tuple[NodeFacts, ...]:
+        """What every member tells of itself, this node too."""
+        return tuple(self._membership.view().facts)
+
+    @property
+    def placed(self) -> str:
+        """Where this node's engine says its weights are; empty while none runs."""
+        return "" if self._runner.state is State.IDLE else self._placed_on
+
+    def gauges(self) -> NodeGauges:
+        """What Prometheus is told of the mesh, besides requests."""
+        return gauges_in(self.status(), self._starts)
+
     def plan_now(self, trial: Trial) -> dict[str, Any]:
         """What would be planned over the members of this moment, and why; nothing is carried out."""
         seen = self._membership.view()
@@ -211,8 +233,10 @@ class Node:
 
     async def start(self) -> None:
         """Sweep what an earlier run left behind, then begin to take part."""
+        self._ledger.write(self.record)
         swept = await self._runner.start()
         self._narrator.swept(len(swept))
+        await asyncio.to_thread(self._own.list_devices)
         self._own.measure()
         if self._pacing is not None:
             self._pacing.recall()
@@ -344,6 +368,8 @@ class Node:
         if adopt.lifts != NO_EPOCH:
             return  # the same layout under a new number: what runs goes on
         self._launched = adopt.epoch
+        if adopt.layout is not None:
+            self._starts += 1
         self._unserve(adopt.reason or "the engine is starting", adopt.drain_s)
         self._runner.post(supervise.Adopt(adopt.epoch, adopt.layout, adopt.drain_s))
 
@@ -355,10 +381,12 @@ class Node:
             if served.host == self.key.id:
                 port = self._runner.http_port(self._engine_epoch(served.epoch))
                 return await self._under_way.open(port or 0)
-            return await self.links.open_bulk(served.host, OpenHttp(served.epoch))
+            newest = self._election.epoch if self._election.covers(served.epoch) else served.epoch
+            return await self.links.open_bulk(served.host, OpenHttp(newest))
 
+        name, fingerprint = layout.model.name, layout.model.fingerprint
         # By the number it was started under: a layout that is only renumbered keeps its requests.
-        self.proxy.serve(Route(self._launched, served.host, served.api_key, layout.model.name, open_engine))
+        self.proxy.serve(Route(self._launched, served.host, served.api_key, name, open_engine, fingerprint))
         self._narrator.served(layout)
 
     def _unserve(self, reason: str, drain_s: float) -> None:
@@ -390,6 +418,20 @@ class Node:
                 self.links.broadcast(message)
                 self._loading(message)
 
+    def _placed(self, epoch: Epoch, placement: Placement) -> None:
+        """The engine of this node says where its weights are: is that where the layout has them?"""
+        layout = self._runner.layout
+        share = None if layout is None else next((m for m in layout.ring if m.id == self.key.id), None)
+        if share is None:
+            return
+        really = placement.instead_of(share.device)
+        log.info("epoch %d: %s holds %s", epoch.number, share.name, placement)
+        self._placed_on = str(placement)
+        self._own.computes_on(really)
+        self._tell_facts()
+        if really:
+            self._narrator.misplaced(share, really)
+
     def _loading(self, message: LoadProgress) -> None:
         self._narrator.loading(message)
         if message.node != self.key.id:
@@ -420,10 +462,14 @@ class Node:
 
     async def _refresh(self) -> None:
         """Look at free memory while nothing of ours is in it, and tell when it has really changed; and at the disks."""
+        relist_at = self._clock.now() + RELIST_S
         while True:
             await asyncio.sleep(REFRESH_S)
             self._shelf.look_again()
             self._ledger.again()
+            if self._runner.state is State.IDLE and self._clock.now() >= relist_at:
+                relist_at = self._clock.now() + RELIST_S
+                await asyncio.to_thread(self._own.list_devices)
             if self._runner.state is State.IDLE and self._own.measure():
                 self._tell_facts()
 

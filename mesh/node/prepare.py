@@ -1,4 +1,4 @@
-"""What must be on this machine before a node starts: the engine, and its model. Slow, with progress."""
+"""The model that must be on this machine before a node starts. Slow, with progress."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.config import Settings, format_size
-from mesh.engine.build import build_engine
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.errors import EngineError
 from mesh.models.demo import DEMO_NAME, DEMO_VERSION, write_demo
 from mesh.models.gguf import ModelFile, inspect
 from mesh.models.inventory import Inventory, models_directory
 from mesh.notice import Notice, View
 from mesh.wire.facts import ModelCost
-
-ACCELERATED = ("cuda", "metal", "rocm", "sycl", "vulkan")
-"""Backends in the order ``auto`` prefers them, when they are built."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,39 +21,6 @@ class LocalModel:
 
     file: ModelFile
     cost: ModelCost
-
-
-class _Build:
-    """Shows a build of the engine."""
-
-    def __init__(self, view: View) -> None:
-        self._view = view
-        self._phase = "engine"
-
-    def phase(self, text: str) -> None:
-        self._view.show(Notice("engine", text))
-        self._phase = text
-
-    def advance(self, done: int, total: int, unit: str) -> None:
-        self._view.progress(self._phase, done, total, "B" if unit == "bytes" else unit)
-
-
-def prepare_engine(backend: str, view: View) -> Engine:
-    """The engine for ``backend``, built now if need be. ``auto``: an accelerated one that is built, else the CPU's.
-
-    Raises:
-        EngineError: it cannot be built here.
-    """
-    if backend == "auto":
-        built = (find_engine(name) for name in ACCELERATED)
-        engine = next((engine for engine in built if engine is not None), None) or find_engine("cpu")
-        backend = "cpu"
-    else:
-        engine = find_engine(backend)
-    if engine is not None:
-        return engine
-    view.show(Notice("engine", "not built yet for this machine; this takes some minutes, once"))
-    return build_engine(_Build(view), backend)
 
 
 def prepare_model(settings: Settings, engine: Engine | None, view: View) -> LocalModel | None:

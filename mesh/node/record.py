@@ -32,6 +32,8 @@ class Record(msgspec.Struct, frozen=True):
     members: tuple[MemberAddress, ...] = ()
     epoch: int = 0
     """The highest epoch number followed: never to be followed back."""
+    boot: int = 0
+    """The number of the last run of this node, see :meth:`started`."""
     expelled: bool = False
     """The mesh threw this node out: only a new invite opens it again."""
 
@@ -44,6 +46,10 @@ class Record(msgspec.Struct, frozen=True):
 
     def at(self, epoch: int) -> Record:
         return msgspec.structs.replace(self, epoch=epoch)
+
+    def started(self, wall: float) -> Record:
+        """For one more run: ``boot`` is the wall clock in milliseconds, but larger than before if the clock is not."""
+        return msgspec.structs.replace(self, boot=max(int(wall * 1000), self.boot + 1))
 
     def without_us(self) -> Record:
         """After we were thrown out."""
@@ -59,9 +65,12 @@ def found(key: NodeKey, name: str, wall: float) -> Record:
     return Record(mesh=key.id, name=name, founder=key.public, grants=(found_mesh(key, wall),))
 
 
-def from_join(joined: JoinResult) -> Record:
-    """The mesh that let us in."""
-    return Record(joined.mesh, joined.mesh_name, joined.founder, joined.grants, members=joined.members)
+def from_join(joined: JoinResult, before: Record | None = None) -> Record:
+    """The mesh that let us in. ``before``: what we kept, when we were in it once and were thrown out."""
+    fresh = Record(joined.mesh, joined.mesh_name, joined.founder, joined.grants, members=joined.members)
+    if before is None or before.mesh != fresh.mesh:
+        return fresh
+    return msgspec.structs.replace(fresh, epoch=before.epoch, boot=before.boot)
 
 
 def load_record(state_dir: Path) -> Record | None:

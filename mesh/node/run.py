@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from mesh.clock import SystemClock
 from mesh.config import Settings
 from mesh.engine.cache import Engine
-from mesh.errors import StateError, TransportError, UsageError
+from mesh.errors import StateError, TransportError
 from mesh.identity.key import NodeKey
 from mesh.node.control import Control
 from mesh.node.departure import Stop, hand_over
@@ -21,6 +22,7 @@ from mesh.node.record import Record, forget_record, found, load_record, save_rec
 from mesh.node.statedir import this_process, write_running
 from mesh.notice import Notice, View
 from mesh.proxy.http import create_app
+from mesh.proxy.keys import read_api_keys
 from mesh.proxy.server import ApiServer
 from mesh.transport.address import split_address
 from mesh.transport.endpoint import Endpoint
@@ -63,12 +65,14 @@ async def run(
         node.on_expelled = ending.expelled
         control = Control(node, clock, ending.told)
         token = secrets.token_urlsafe(32)
+        keys = read_api_keys(settings.api_key_file, settings.api_keys)
         app = create_app(
             node.proxy,
             node.status,
             control,
             control_token=token,
-            api_keys=(*read_api_keys(settings.api_key_file), *([token] if settings.api_key_file else ())),
+            api_keys=(*keys, token) if keys else (),  # this machine's commands have no other key
+            allowed_hosts=() if settings.api_is_local else own_names(settings.name),
         )
         server = ApiServer(app, api_hosts(settings.api_host), settings.api_port)
         api = (await server.start())[0]
@@ -137,28 +141,13 @@ class _Ending:
             )
 
 
+def own_names(name: str) -> tuple[str, ...]:
+    """What machines of the same network may call this one."""
+    names = (name, socket.gethostname(), socket.gethostname().split(".")[0])
+    return tuple(dict.fromkeys((*names, *(f"{own}.local" for own in names))))
+
+
 def api_hosts(host: str) -> tuple[str, ...]:
     """The addresses the API listens on for ``host``."""
     # "localhost" may mean either; a machine without IPv6 does without it.
     return ("127.0.0.1", "::1") if host == "127.0.0.1" else (host,)
-
-
-def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys in a file, one per line; ``#`` begins a comment.
-
-    Raises:
-        UsageError: the file is unreadable, or holds none.
-    """
-    if path is None:
-        return ()
-    try:
-        keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip() and line[0] != "#")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file", remedy="it should hold API keys, one per line") from error
-    except OSError as error:
-        raise UsageError(
-            f"cannot read the API keys in {path}: {error.strerror}", remedy="check the path given to --api-key-file"
-        ) from error
-    if not keys:
-        raise UsageError(f"{path} holds no API key", remedy="write one per line, or leave --api-key-file out")
-    return keys

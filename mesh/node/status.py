@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from mesh.election.events import Status as Election
 from mesh.membership.view import Member, View
-from mesh.wire.facts import Device, Layout, NodeFacts, NodeId
+from mesh.proxy.metrics import NodeGauges, Peer
+from mesh.wire.facts import Device, Layout, NodeFacts, NodeId, RingMember
 
 
 class Link(Protocol):
@@ -51,7 +52,7 @@ def build_status(
             "state": election.state,
             "reason": election.reason,
         },
-        "layout": None if election.layout is None else _layout(election.layout),
+        "layout": None if election.layout is None else _layout(election.layout, {m.id: m.facts for m in view.members}),
         "peers": [
             *(_peer(member, election, links.get(member.id)) for member in view.members if member.id != me.id),
             *(_gone(gone.facts, gone.reason) for gone in view.departed),
@@ -66,6 +67,25 @@ def build_status(
     }
 
 
+def gauges_in(status: Mapping[str, Any], starts: int) -> NodeGauges:
+    """The numbers of :func:`build_status` that are worth a curve.
+
+    Args:
+        starts: layouts that this node has begun to carry out.
+    """
+    node, mesh, peers = status["node"], status["mesh"], status["peers"]
+    present = [peer for peer in peers if peer["state"] != "left"]
+    build = {"version": node["version"], "engine": node["engine"]["build"], "backend": node["engine"]["backend"]}
+    return NodeGauges(
+        epoch=mesh["epoch"],
+        serving=mesh["state"] == "serving",
+        members=1 + sum(peer["state"] == "alive" for peer in present),
+        restarts=starts,
+        peers=[Peer(peer["id"], peer["name"], peer["rtt_ms"]) for peer in present],
+        build={name: str(value) for name, value in build.items()},
+    )
+
+
 def role_in(facts: NodeFacts, layout: Layout | None) -> str:
     """``client``, ``host``, ``worker``, or ``standby`` for a worker that carries nothing now."""
     if facts.role == "client":
@@ -75,6 +95,12 @@ def role_in(facts: NodeFacts, layout: Layout | None) -> str:
     if layout is not None and any(member.id == facts.id for member in layout.ring):
         return "worker"
     return "standby"
+
+
+def device_in(member: RingMember, facts: NodeFacts | None) -> str:
+    """What carries this share: what the layout says, unless that member's engine says otherwise."""
+    really = "" if facts is None else facts.computes_on
+    return f"{really}, not {member.device}" if really and really != member.device else member.device
 
 
 def memory_bytes(facts: NodeFacts) -> int:
@@ -99,7 +125,7 @@ def describe_device(device: Device) -> dict[str, Any]:
     }
 
 
-def _layout(layout: Layout) -> dict[str, Any]:
+def _layout(layout: Layout, members: Mapping[NodeId, NodeFacts]) -> dict[str, Any]:
     return {
         "mode": layout.mode,
         "host": layout.host,
@@ -115,7 +141,7 @@ def _layout(layout: Layout) -> dict[str, Any]:
                 "name": member.name,
                 "layers": None if member.layers is None else list(member.layers),
                 "bytes": member.bytes,
-                "device": member.device,
+                "device": device_in(member, members.get(member.id)),
             }
             for member in layout.ring
         ],

@@ -8,6 +8,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from mesh.clock import Clock
 from mesh.config import Settings
@@ -86,6 +87,18 @@ class Whereabouts:
     def seen(self) -> Seen:
         """What is believed of the public side of this node."""
         return self._seen
+
+    @property
+    def stun_state(self) -> Literal["off", "silent", "answered"]:
+        """Whether any server that may be asked has answered lately."""
+        if not self._servers:
+            return "off"
+        return "silent" if self._answering is None else "answered"
+
+    @property
+    def bound(self) -> tuple[str, ...]:
+        """``host:port`` of each socket."""
+        return tuple(self._bound)
 
     def start(self) -> None:
         """Begin to look."""

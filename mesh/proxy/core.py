@@ -1,12 +1,13 @@
 """What becomes of each request while layouts come and go. Pure: events and the time come in, effects go out.
 
     HELD ----Served----> ASKED ----Began----> STREAMING ----Completed----> (done)
-     ^  \\                  |  \\__Completed___________________________________^
-     |   deadline: Fail    |Lost                 |Lost
-     |_____________________|   replay            |--> Fail, or HELD again when the transcript can be continued (resume)
+     ^  \\                | |  \\__Completed___________________________________^
+     |   deadline: Fail  | |Refused: Fail        |
+     |___________________|Lost: replay           |Lost
+     |___________________________________________|  resume, when the transcript can be continued; else Fail
 
 A request leaves when it is completed, failed, or its client departed. The ingress holds what it needs to ask again: the
-request's body, and of a stream the transcript.
+request's body, and of a stream the transcript. A stream that began goes only to an engine with the very same model.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from mesh.proxy.events import (
     Fail,
     Loss,
     Lost,
+    Refused,
     RequestEvent,
     RequestId,
     Served,
+    Spoiled,
     Stopped,
     Tick,
     Unserved,
@@ -49,7 +52,8 @@ class Limits:
         hold_s: how long a request waits for a layout, anew after each answer that was cut short.
         max_held: waiting requests; one more is refused.
         comfort_after_s, comfort_every_s: when a waiting stream first hears of it, and then how often.
-        max_losses: engines one request may outlive. A request that kills every engine it meets must end some day.
+        max_losses: engines one request may outlive without progress. One that kills every engine it meets must end some
+            day.
         retry_delays_s: pauses between tries on one and the same layout; the last repeats.
         retry_after_s: told to clients that were refused.
     """
@@ -100,7 +104,13 @@ class _Request:
     tries: int = 0
     """On the layout of ``epoch``."""
     losses: int = 0
+    fruitless: int = 0
+    """Losses since the client last got something."""
+    asked_of: _Route | None = None
+    """The layout of the newest attempt; of a begun stream, one with the model it began with."""
     begun: bool = False
+    promised: bool = False
+    """The head of an event stream has gone out."""
     resumable: bool = False
     reason: str = ""
 
@@ -109,6 +119,10 @@ class _Request:
 class _Route:
     epoch: Epoch
     model_name: str
+    fingerprint: str
+
+    def has_model_of(self, other: _Route) -> bool:
+        return (self.model_name, self.fingerprint) == (other.model_name, other.fingerprint)
 
 
 @dataclass(slots=True)
@@ -142,7 +156,7 @@ class Core:
 
     def next_timer(self) -> float | None:
         """When :class:`Tick` is due."""
-        times = [t for request in self._requests.values() if request.phase is Phase.HELD for t in self._timers(request)]
+        times = [time for request in self._requests.values() for time in self._timers(request)]
         if self._drain_until is not None:
             times.append(self._drain_until)
         return min(times, default=None)
@@ -155,7 +169,7 @@ class Core:
     # -- layouts -----------------------------------------------------------------------------------------------------
 
     def _serve(self, event: Served, now: float) -> list[Effect]:
-        self._route = _Route(event.epoch, event.model_name)
+        self._route = _Route(event.epoch, event.model_name, event.fingerprint)
         effects: list[Effect] = []
         if self._drain_until is None:  # else what the last layout has begun keeps its time
             effects += self._take_back_all("the layout changed", now)
@@ -185,13 +199,14 @@ class Core:
 
     def _take_back_all(self, reason: str, now: float) -> list[Effect]:
         """Whatever is under way, but for what the layout served now was asked."""
+        planned = self._drain_until is not None
         self._drain_until = None
         current = None if self._route is None else self._route.epoch
         lost = [request for request in self._under_way() if request.epoch != current]
-        return [effect for request in lost for effect in self._take_back(request, reason, now)]
+        return [effect for request in lost for effect in self._take_back(request, reason, planned, now)]
 
-    def _take_back(self, request: _Request, reason: str, now: float) -> list[Effect]:
-        return [Abandon(request.id, request.attempt), *self._lose(request, Loss.BROKEN, reason, now)]
+    def _take_back(self, request: _Request, reason: str, planned: bool, now: float) -> list[Effect]:
+        return [Abandon(request.id, request.attempt), *self._lose(request, Loss.BROKEN, reason, planned, now)]
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -233,9 +248,18 @@ class Core:
     def _begin(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         assert isinstance(event, Began)
         request.phase = Phase.STREAMING
-        request.begun = True
+        request.begun = request.promised = True
         request.resumable = event.resumable
+        request.fruitless = 0
         return []
+
+    def _spoil(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
+        request.resumable = False
+        return []
+
+    def _refuse(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
+        assert isinstance(event, Refused)
+        return self._fail(request, failure.cannot_resume(event.reason))
 
     def _complete(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         del self._requests[request.id]
@@ -247,17 +271,19 @@ class Core:
 
     def _lost(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         assert isinstance(event, Lost)
-        return self._lose(request, event.loss, event.reason, now)
+        return self._lose(request, event.loss, event.reason, self._drain_until is not None, now)
 
-    def _lose(self, request: _Request, loss: Loss, reason: str, now: float) -> list[Effect]:
+    def _lose(self, request: _Request, loss: Loss, reason: str, planned: bool, now: float) -> list[Effect]:
         request.reason = reason
         if loss is Loss.BROKEN:
             request.losses += 1
+            # A long answer may outlast the drains of many machines that come and go: none of them died of it.
+            request.fruitless += not planned
             # The engine had taken the request: the next wait is a new one.
             request.deadline = now + request.patience_s
         if request.begun and not request.resumable:
             return self._fail(request, failure.stream_interrupted(reason))
-        if request.losses > self.limits.max_losses:
+        if request.fruitless > self.limits.max_losses:
             return self._fail(request, failure.engine_lost(request.losses, reason))
         delays = self.limits.retry_delays_s
         request.phase = Phase.HELD
@@ -273,6 +299,9 @@ class Core:
         assert self._route is not None
         if not means(request.model, self._route.model_name):
             return self._fail(request, failure.model_not_found(request.model or "", self._route.model_name))
+        if request.begun and request.asked_of is not None and not self._route.has_model_of(request.asked_of):
+            return self._fail(request, failure.cannot_resume(f'the mesh serves "{self._route.model_name}" now'))
+        request.asked_of = self._route
         request.phase = Phase.ASKED
         request.attempt += 1
         request.epoch = self._route.epoch
@@ -294,10 +323,19 @@ class Core:
                 effects += self._expire(request, now)
             elif self._route is not None and now >= request.retry_at:
                 effects += self._dispatch(request, now)
-            elif request.streams and now >= request.comfort_at:
-                request.comfort_at = now + self.limits.comfort_every_s
-                effects.append(Comfort(request.id))
+            else:
+                effects += self._comfort(request, now)
+        for request in self._requests.values():
+            if request.phase is Phase.ASKED and request.promised:
+                effects += self._comfort(request, now)
         return effects
+
+    def _comfort(self, request: _Request, now: float) -> list[Effect]:
+        if not request.streams or now < request.comfort_at:
+            return []
+        request.comfort_at = now + self.limits.comfort_every_s
+        request.promised = True
+        return [Comfort(request.id)]
 
     def _expire(self, request: _Request, now: float) -> list[Effect]:
         reason = self._reason if self._route is None else f"the engine does not answer: {request.reason}"
@@ -305,6 +343,10 @@ class Core:
         return self._fail(request, failure.not_serving(reason, waited_s, self.limits.retry_after_s))
 
     def _timers(self, request: _Request) -> list[float]:
+        if request.phase is not Phase.HELD:
+            # An engine that goes on with an answer computes it again first, in silence.
+            comforted = request.phase is Phase.ASKED and request.promised and request.streams
+            return [request.comfort_at] if comforted else []
         times = [request.deadline]
         if request.streams:
             times.append(request.comfort_at)
@@ -326,8 +368,10 @@ _TRANSITIONS: dict[tuple[Phase, type], _Step] = {
     (Phase.ASKED, Began): Core._begin,
     (Phase.ASKED, Completed): Core._complete,
     (Phase.ASKED, Lost): Core._lost,
+    (Phase.ASKED, Refused): Core._refuse,
     (Phase.STREAMING, Departed): Core._depart,
     (Phase.STREAMING, Completed): Core._complete,
     (Phase.STREAMING, Lost): Core._lost,
+    (Phase.STREAMING, Spoiled): Core._spoil,
 }
 """What is not here is a bug, and raises."""

@@ -30,6 +30,8 @@ _FAMILIES = {
     "chat/completions": Family.OPENAI,
     "v1/chat/completions": Family.OPENAI,
     "v1/completions": Family.OPENAI,
+    "audio/transcriptions": Family.OPENAI,
+    "v1/audio/transcriptions": Family.OPENAI,
     "v1/responses": Family.RESPONSES,
     "responses": Family.RESPONSES,
     "v1/messages": Family.ANTHROPIC,
@@ -59,6 +61,11 @@ class Dialect:
     @classmethod
     def of(cls, path: str) -> Dialect:
         return cls(_FAMILIES.get(path.strip("/"), Family.OTHER))
+
+    @property
+    def has_end_mark(self) -> bool:
+        """Its streams say that they are complete."""
+        return self.family is not Family.OTHER
 
     def is_end(self, event: bytes) -> bool:
         """Whether a stream that ended with ``event`` is complete. A stream that merely stops is not."""
@@ -108,3 +115,11 @@ class Dialect:
     def _event(self, data: bytes) -> bytes:
         named = self.family in (Family.ANTHROPIC, Family.RESPONSES)
         return (b"event: error\ndata: " if named else b"data: ") + data + b"\n\n"
+
+
+def error_message(body: bytes) -> str:
+    """What an engine's error response says."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:1000]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return body[:200].decode("utf-8", "replace")

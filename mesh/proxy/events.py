@@ -31,6 +31,8 @@ class Served:
 
     epoch: Epoch
     model_name: str
+    fingerprint: str = ""
+    """Of the model: a stream is continued by the very same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,29 @@ class Departed:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """Bytes of the answer go to the client now: from here on, asking again from the start would be seen."""
+    """Bytes of the answer, or of its continuation, go to the client now: asking again from the start would be seen."""
 
     request: RequestId
     attempt: int
     resumable: bool = False
     """The transcript can be continued by another engine, faithfully."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spoiled:
+    """What the client has got is not recorded any more: the answer cannot be continued after a loss."""
+
+    request: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The engine will not continue this answer, and says why."""
+
+    request: RequestId
+    attempt: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +123,7 @@ class Tick:
     """The time of :meth:`Core.next_timer` has come."""
 
 
-RequestEvent = Departed | Began | Completed | Lost
+RequestEvent = Departed | Began | Spoiled | Refused | Completed | Lost
 Event = Served | Unserved | Arrived | RequestEvent | Stopped | Tick
 
 

@@ -10,8 +10,9 @@ from enum import Enum
 from functools import partial
 from typing import Protocol
 
+from mesh.clock import Clock
 from mesh.proxy.budget import Budget, Share
-from mesh.proxy.dialect import Dialect
+from mesh.proxy.dialect import Dialect, error_message
 from mesh.proxy.events import (
     Abandon,
     Began,
@@ -22,11 +23,16 @@ from mesh.proxy.events import (
     Fail,
     Loss,
     Lost,
+    Refused,
     RequestEvent,
     RequestId,
+    Spoiled,
 )
+from mesh.proxy.metrics import StreamTimes
+from mesh.proxy.origin import Origin
 from mesh.proxy.reply import ClientGone, Reply
-from mesh.proxy.transcript import Transcript
+from mesh.proxy.resume import RESUME_HEADER, may_be_wrapped, wrap
+from mesh.proxy.transcript import TOKEN_BYTES, Portion, Transcript
 from mesh.proxy.upstream import Answer, Headers, Upstream, UpstreamLost
 
 MAX_BUFFERED_ANSWER = 32 << 20
@@ -36,7 +42,7 @@ _MAX_LOADING_BODY = 4096
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a client wants. ``headers`` are fit for the engine; ``streams`` is the body's own word for it."""
+    """What a client wants. ``headers`` are fit for the engine, and say no length; ``streams`` is what the body says."""
 
     method: str
     path: str
@@ -44,6 +50,7 @@ class Ask:
     headers: Headers
     body: bytes
     dialect: Dialect
+    origin: Origin
     model: str | None = None
     streams: bool = False
     holds: bool = True
@@ -54,6 +61,8 @@ class Hub(Protocol):
 
     @property
     def budget(self) -> Budget: ...
+    @property
+    def clock(self) -> Clock: ...
     def tell(self, event: RequestEvent) -> None: ...
     def upstream_of(self, order: Dispatch) -> Upstream | None: ...
 
@@ -69,9 +78,14 @@ class _Sign(Enum):
 class Exchange:
     """Two tasks at most: the one that called :meth:`run`, and the pump of the attempt under way."""
 
-    def __init__(self, request: RequestId, ask: Ask, reply: Reply, hub: Hub) -> None:
+    def __init__(self, request: RequestId, ask: Ask, reply: Reply, hub: Hub, times: StreamTimes) -> None:
         self.id = request
         self.ask = ask
+        self._times = times
+        self._arrived = hub.clock.now()
+        self._transcript = Transcript()
+        self._tokens = Share(hub.budget)
+        self._spoilt = False
         self._reply = reply
         self._hub = hub
         self._mail: asyncio.Queue[Effect | _Sign | BaseException] = asyncio.Queue()
@@ -87,10 +101,9 @@ class Exchange:
         """Until the client has its answer, its error, or is gone; ``gone`` returns when it is."""
         watch = asyncio.create_task(self._watch(gone))
         try:
-            while True:
-                news = await self._mail.get()
-                if not await self._carry_out(news):
-                    return
+            with self._tokens:
+                while await self._carry_out(await self._mail.get()):
+                    pass
         except ClientGone:
             return
         finally:
@@ -106,11 +119,12 @@ class Exchange:
                 self._pump.add_done_callback(self._noticed)
             case Abandon():
                 await self._settle(cancel=True)
+                self._times.lost()
             case Comfort():
                 await self._reply.comfort()
             case Fail():
                 await self._settle()
-                await self._reply.fail(news.failure)
+                await self._reply.fail(news.failure, inside=self._transcript.cut_inside)
                 return False
             case _Sign():
                 return False
@@ -140,43 +154,81 @@ class Exchange:
 
     async def _attempt(self, order: Dispatch) -> None:
         try:
-            await self._ask(order)
+            if self._is_over():  # the one before was abandoned at its last byte
+                await self._finish(order, self._reply.end)
+            else:
+                await self._ask(order)
         except UpstreamLost as lost:
-            self._hub.tell(Lost(self.id, order.attempt, lost.loss, lost.message))
+            self._times.lost()
+            if self._is_over():
+                await self._finish(order, self._reply.end)
+            else:
+                self._hub.tell(Lost(self.id, order.attempt, lost.loss, lost.message))
 
     async def _ask(self, order: Dispatch) -> None:
         upstream = self._hub.upstream_of(order)
         if upstream is None:
             raise UpstreamLost(Loss.UNREACHED, "the layout is gone")
-        ask = self.ask
+        ask, choices = self.ask, self._transcript.choices
+        self._transcript.restart()
+        headers = [*ask.headers, ask.origin.header(self._hub.clock.now() - self._arrived)]
+        pieces: tuple[bytes, ...] = (ask.body,) if ask.body or ask.method in ("POST", "PUT", "PATCH") else ()
+        if choices:  # else the client has nothing yet, whatever was promised
+            headers.append(RESUME_HEADER)
+            pieces = wrap(ask.body, choices)
         # The connection is free again before the client hears the end, so that its next request finds it.
-        async with await upstream.ask(ask.method, ask.target, ask.headers, ask.body) as answer:
+        async with await upstream.ask(ask.method, ask.target, headers, pieces) as answer:
             if _content_type(answer).startswith(b"text/event-stream"):
                 say_last = await self._pass_events(order, answer)
             else:
                 say_last = await self._pass_whole(order, answer)
+        if say_last is not None:
+            await self._finish(order, say_last)
+
+    async def _finish(self, order: Dispatch, say_last: _Say) -> None:
         self._hub.tell(Completed(self.id, order.attempt))
         await say_last()
+        self._times.done()
         self._mail.put_nowait(_Sign.DELIVERED)
 
-    async def _pass_events(self, order: Dispatch, answer: Answer) -> _Say:
-        transcript = Transcript()
+    def _is_over(self) -> bool:
+        """The client has the end mark: what the engine owed after it was the end of its HTTP."""
+        dialect, last = self.ask.dialect, self._transcript.last
+        return dialect.has_end_mark and last != b"" and dialect.is_end(last)
+
+    async def _pass_events(self, order: Dispatch, answer: Answer) -> _Say | None:
+        transcript = self._transcript
         began = False
         async with aclosing(answer.parts()) as parts:
             async for part in parts:
-                whole = transcript.feed(part)
-                if not whole:
+                portion = transcript.feed(part)
+                if not portion.data and not portion.traced:
                     continue
-                if not began and transcript.last:
+                if not began and portion.last:
                     began = True
-                    self._hub.tell(Began(self.id, order.attempt))
+                    wrappable = may_be_wrapped(self.ask.body)
+                    self._hub.tell(Began(self.id, order.attempt, resumable=transcript.resumable and wrappable))
                 await self._reply.begin_events(answer.status, answer.headers)
-                await self._reply.write(whole)
+                await self._deliver(order, portion)
         if not self.ask.dialect.is_end(transcript.last):
             raise UpstreamLost(Loss.BROKEN, "the engine ended the stream before the answer was whole")
         return partial(self._reply.end, transcript.finish())
 
-    async def _pass_whole(self, order: Dispatch, answer: Answer) -> _Say:
+    async def _deliver(self, order: Dispatch, portion: Portion) -> None:
+        """Nothing lies between the write and the note of it: a pump that is cancelled has done both or neither."""
+        transcript = self._transcript
+        if portion.data:
+            await self._reply.write(portion.data)
+        fresh = transcript.deliver(portion)
+        if portion.last:
+            self._times.delivered(fresh)
+        if not self._tokens.take(fresh * TOKEN_BYTES):
+            transcript.spoiled = True
+        if transcript.spoiled and transcript.last and not self._spoilt:
+            self._spoilt = True
+            self._hub.tell(Spoiled(self.id, order.attempt))
+
+    async def _pass_whole(self, order: Dispatch, answer: Answer) -> _Say | None:
         """Nothing is sent until all is here, so the loss of the engine can be made good; unless it is too much."""
         held: list[bytes] = []
         with Share(self._hub.budget) as share:
@@ -188,6 +240,11 @@ class Exchange:
             body = b"".join(held)
             if answer.status == 503 and len(body) < _MAX_LOADING_BODY and b"oading model" in body:
                 raise UpstreamLost(Loss.LOADING, "the engine is loading the model")
+            if self._transcript.choices and answer.status >= 500:
+                raise UpstreamLost(Loss.BROKEN, f"the engine answered {answer.status}: {error_message(body)}")
+            if self._transcript.choices:
+                self._hub.tell(Refused(self.id, order.attempt, error_message(body)))
+                return None
             return partial(self._reply.whole, answer.status, answer.headers, body)
 
     async def _pass_bytes(self, order: Dispatch, answer: Answer, first: bytes, parts: AsyncIterator[bytes]) -> _Say:

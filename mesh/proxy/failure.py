@@ -50,6 +50,11 @@ def stream_interrupted(reason: str) -> Failure:
     return Failure(502, "stream_interrupted", "server_error", message)
 
 
+def cannot_resume(reason: str) -> Failure:
+    message = f"the engine was lost in the middle of the answer, and it cannot be continued faithfully: {reason}"
+    return Failure(502, "cannot_resume", "server_error", message)
+
+
 def stopping(reason: str) -> Failure:
     return Failure(503, "mesh_stopping", "service_unavailable", reason, retry_after_s=5)
 

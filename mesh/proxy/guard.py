@@ -63,10 +63,15 @@ def check_key(headers: Headers, keys: Sequence[str]) -> Failure | None:
     """Refuse a request without one of ``keys``, when there are any. OpenAI's header or Anthropic's."""
     if not keys:
         return None
-    given = bearer(headers) or header(headers, b"x-api-key") or ""
+    given = given_key(headers)
     # All keys are compared, so the time taken says nothing.
     matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
     return None if any(matches) else wrong_key()
+
+
+def given_key(headers: Headers) -> str:
+    """What the request shows as its API key; ``""`` when it shows none."""
+    return bearer(headers) or header(headers, b"x-api-key") or ""
 
 
 def bearer(headers: Headers) -> str | None:

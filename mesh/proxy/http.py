@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from mesh.proxy.dialect import Dialect
 from mesh.proxy.exchange import Ask
 from mesh.proxy.failure import Failure
 from mesh.proxy.ingress import Proxy
+from mesh.proxy.metrics import CONTENT_TYPE
+from mesh.proxy.origin import MAX_SEED, RESERVED_PREFIX, Origin, client_tag
 from mesh.proxy.pages import FRONT_PAGE, health, model_list
 from mesh.proxy.reply import STALL_S, Reply, without
 
@@ -39,7 +42,6 @@ ENGINE_PATHS = frozenset(
         "/embeddings",
         "/infill",
         "/lora-adapters",
-        "/metrics",
         "/props",
         "/rerank",
         "/reranking",
@@ -52,6 +54,7 @@ ENGINE_PATHS = frozenset(
 _PUBLIC = frozenset({"/", "/health", "/v1/health"})
 _MODEL_LISTS = frozenset({"/v1/models", "/models"})
 _STATUS = "/mesh/status"
+_METRICS = frozenset({"/metrics", "/mesh/metrics"})
 _CONTROL = "/mesh/control/"
 
 # The engine's key goes in their place, and what belongs to this connection or this browser stays here. Without
@@ -133,6 +136,7 @@ class _Api:
         self._allowed_hosts = allowed_hosts
         self._max_body = max_body
         self._stall_s = stall_s
+        self._tag_secret = secrets.token_bytes(32)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -168,7 +172,7 @@ class _Api:
 
     async def _answer_here(self, path: str, method: str, reply: Reply) -> bool:
         """Whether the path is the node's own; then it is answered."""
-        own = path in _PUBLIC or path == _STATUS or path in _MODEL_LISTS
+        own = path in _PUBLIC or path == _STATUS or path in _MODEL_LISTS or path in _METRICS
         if method == "OPTIONS" or (own and method not in ("GET", "HEAD")):
             await reply.fail(failure.wrong_method(method, path))
         elif path == "/":
@@ -177,6 +181,8 @@ class _Api:
             await _say(reply, *health(self._proxy.route is not None))
         elif path == _STATUS:
             await _say(reply, 200, self._status())
+        elif path in _METRICS:
+            await reply.whole(200, [(b"content-type", CONTENT_TYPE)], await self._scrape(path))
         elif path in _MODEL_LISTS:
             seen = await self._proxy.peek(b"/v1/models")
             if seen is None:
@@ -188,6 +194,12 @@ class _Api:
         else:
             return False
         return True
+
+    async def _scrape(self, path: str) -> bytes:
+        """The node's own, after the engine's where those are expected."""
+        seen = await self._proxy.peek(b"/metrics") if path == "/metrics" else None
+        engines = b"" if seen is None else seen[2].rstrip(b"\n") + b"\n"
+        return engines + self._proxy.metrics.render()
 
     async def _answer_model(self, asked: str, reply: Reply) -> None:
         listed = model_list(self._proxy.model_name)["data"]
@@ -222,9 +234,16 @@ class _Api:
         with Share(self._proxy.budget) as share:
             body = await _read_body(scope, receive, share, self._max_body, self._stall_s)
             if isinstance(body, bytes):
-                await self._proxy.carry(await _ask(path, scope, body), reply, lambda: _gone(receive))
+                ask = await _ask(path, scope, body, self._origin(scope))
+                await self._proxy.carry(ask, reply, lambda: _gone(receive))
             elif body is not None:
                 await reply.fail(body)
+
+    def _origin(self, scope: Scope) -> Origin:
+        key = guard.given_key(scope["headers"]) if self._api_keys else None
+        client = scope.get("client")
+        tag = client_tag(self._tag_secret, key, client[0] if client else None)
+        return Origin(secrets.token_hex(16), secrets.randbelow(MAX_SEED + 1), tag)
 
 
 def _is_engines(path: str) -> bool:
@@ -234,14 +253,16 @@ def _is_engines(path: str) -> bool:
     return path.startswith("/v1/") or path in ENGINE_PATHS or path.startswith("/slots/")
 
 
-async def _ask(path: str, scope: Scope, body: bytes) -> Ask:
+async def _ask(path: str, scope: Scope, body: bytes, origin: Origin) -> Ask:
     method: str = scope["method"]
     target: bytes = scope["raw_path"]
     if scope["query_string"]:
         target += b"?" + scope["query_string"]
-    headers = without(scope["headers"], _NOT_FORWARDED)
-    if body or method in ("POST", "PUT", "PATCH"):
-        headers.append((b"content-length", str(len(body)).encode()))
+    headers = [
+        (name, value)
+        for name, value in without(scope["headers"], _NOT_FORWARDED)
+        if not name.lower().startswith(RESERVED_PREFIX)
+    ]
     # Megabytes of base64 would keep the loop, and with it every other stream, waiting.
     aside = len(body) > _PARSE_ASIDE_BYTES
     wish = await asyncio.to_thread(_wish, body) if aside else _wish(body)
@@ -252,6 +273,7 @@ async def _ask(path: str, scope: Scope, body: bytes) -> Ask:
         headers=headers,
         body=body,
         dialect=Dialect.of(path),
+        origin=origin,
         model=wish.model if isinstance(wish.model, str) else None,
         streams=wish.stream is True,
         # A question about the engine that runs now makes no sense when none does.

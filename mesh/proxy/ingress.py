@@ -14,6 +14,7 @@ from mesh.proxy.events import (
     Departed,
     Dispatch,
     Effect,
+    Fail,
     RequestEvent,
     RequestId,
     Served,
@@ -22,9 +23,12 @@ from mesh.proxy.events import (
     Unserved,
 )
 from mesh.proxy.exchange import Ask, Exchange
+from mesh.proxy.metrics import Metrics
 from mesh.proxy.reply import Reply
 from mesh.proxy.upstream import IDLE_S, OPEN_S, Headers, Route, Upstream, UpstreamLost
 from mesh.pump import Pump
+
+MAX_PEEK_BYTES = 1 << 20
 
 
 class Proxy:
@@ -46,7 +50,9 @@ class Proxy:
         open_s: float = OPEN_S,
     ) -> None:
         self.budget = Budget(budget_bytes)
+        self.clock = clock
         self._core = Core(limits or Limits())
+        self.metrics = Metrics(lambda: self._core.counters)
         self._pump = Pump(self._core, self._carry_out, Tick, clock, after=self._note_drained)
         self._idle_s = idle_s
         self._open_s = open_s
@@ -65,7 +71,7 @@ class Proxy:
         """Send requests there from now on, the waiting ones first. What another epoch's engine still owes is lost."""
         self._replace(Upstream(route, idle_s=self._idle_s, open_s=self._open_s))
         self._model_name = route.model_name
-        self._pump.feed(Served(route.epoch, route.model_name))
+        self._pump.feed(Served(route.epoch, route.model_name, route.fingerprint))
 
     def unserve(self, reason: str, *, drain_s: float = 0.0, model_name: str | None = None) -> None:
         """Let requests wait.
@@ -118,7 +124,7 @@ class Proxy:
     async def carry(self, ask: Ask, reply: Reply, gone: Callable[[], Awaitable[None]]) -> None:
         """See one request through: its answer, its error, or the end of its client's patience."""
         request = next(self._ids)
-        exchange = Exchange(request, ask, reply, self)
+        exchange = Exchange(request, ask, reply, self, self.metrics.watch(self.clock))
         self._exchanges[request] = exchange
         self._empty.clear()
         try:
@@ -131,14 +137,19 @@ class Proxy:
                 self._empty.set()
 
     async def peek(self, target: bytes, within_s: float = 1.0) -> tuple[int, Headers, bytes] | None:
-        """What the engine says to a GET, apart from all queues; None when there is none or it does not say it soon."""
+        """What the engine says to a GET, apart from all queues; None when there is none, it does not say it soon, or it
+        says more than :data:`MAX_PEEK_BYTES`."""
         upstream = self._upstream
         if upstream is None:
             return None
         try:
-            async with asyncio.timeout(within_s), await upstream.ask("GET", target, (), b"") as answer:
-                body = b"".join([part async for part in answer.parts()])
-                return (200, answer.headers, body) if answer.status == 200 else None
+            async with asyncio.timeout(within_s), await upstream.ask("GET", target, ()) as answer:
+                body = bytearray()
+                async for part in answer.parts():
+                    body += part
+                    if len(body) > MAX_PEEK_BYTES:
+                        return None
+                return (200, answer.headers, bytes(body)) if answer.status == 200 else None
         except (UpstreamLost, TimeoutError):
             return None
 
@@ -159,6 +170,8 @@ class Proxy:
             before.retire()
 
     def _carry_out(self, effect: Effect) -> None:
+        if isinstance(effect, Fail):
+            self.metrics.failed(effect.failure.code)
         exchange = self._exchanges.get(effect.request)
         if exchange is not None:
             exchange.put(effect)

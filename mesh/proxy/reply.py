@@ -106,10 +106,14 @@ class Reply:
                 await self.write(body[start : start + _PIECE_BYTES])
             await self.end()
 
-    async def fail(self, failure: Failure) -> None:
-        """End in an error. Half a body of the engine's own kind is left without its end, so that it looks cut."""
+    async def fail(self, failure: Failure, *, inside: bool = False) -> None:
+        """End in an error. Half a body of the engine's own kind is left without its end, so that it looks cut.
+
+        Args:
+            inside: part of an event has gone out, which the error must not become part of.
+        """
         if self._said is _Said.EVENTS:
-            await self.end(self._dialect.error_event(failure))
+            await self.end((b"\n\n" if inside else b"") + self._dialect.error_event(failure))
         elif self._said is _Said.NOTHING:
             body = json.dumps(self._dialect.error_body(failure), ensure_ascii=False).encode()
             await self._head(failure.status, failure_headers(failure, body))

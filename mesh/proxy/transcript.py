@@ -1,62 +1,191 @@
-"""What an ingress has seen of one event stream. Pure.
+"""What a client has got of one event stream, exactly enough for another engine to go on from there. Pure.
 
-Only whole events go to the client, so that whatever follows a loss (an error, or the continuation) never lands in the
-middle of one. This is the place that grows into the transcript a lost generation is continued from.
+Only whole groups of blocks go to the client: whatever follows a loss (the continuation, a comment, an error) never
+lands in the middle of one, and the tokens that are recorded are those whose text the client has, no more and no fewer.
+
+The engine says by a *trace*, a comment line at the head of a group's first block, which tokens the group brings a
+choice up to: ``: mesh CHOICE BLOCKS TOKEN TOKEN ... [end]``. Traces are ours and are cut out; nothing else is changed.
 """
 
 from __future__ import annotations
 
-MAX_EVENT_BYTES = 16 << 20
-"""A longer event is passed on in pieces; a stream cut inside one cannot be mended."""
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MAX_HELD_BYTES = 16 << 20
+"""A longer block or group is passed on as it comes; a stream that is cut in one cannot be mended."""
+MAX_TOKENS = 1 << 20
+"""Recorded of one request, all choices together: more than the longest context models are trained for."""
+MAX_CHOICES = 128
+MAX_GROUP_BLOCKS = 4096
+TOKEN_BYTES = 12
+"""What a token costs here: four bytes kept, and up to eight more while the engine is asked to go on."""
+
+_TRACE = b": mesh "
+_BOUNDARY = re.compile(rb"\n\r?\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """One group: the ids it brings its choice up to (none where a choice merely begins). ``ends``: it is the last."""
+
+    choice: int
+    tokens: Sequence[int]
+    ends: bool = False
+
+
+@dataclass(slots=True)
+class Said:
+    """What the client has of one choice. ``ended``: nothing more belongs to it."""
+
+    tokens: array[int] = field(default_factory=lambda: array("I"))
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """Whole groups, and what is true once the client has them. ``last``: the newest block that was no comment."""
+
+    data: bytes = b""
+    traced: Sequence[Traced] = ()
+    last: bytes = b""
+
+
+@dataclass(slots=True)
+class _Group:
+    """One engine result's blocks, not all of them here yet."""
+
+    trace: Traced = Traced(0, ())
+    missing: int = 0
+    data: bytearray = field(default_factory=bytearray)
+    last: bytes = b""
+
+
+@dataclass(slots=True)
+class _Ready:
+    data: bytearray = field(default_factory=bytearray)
+    traced: list[Traced] = field(default_factory=list)
+    last: bytes = b""
 
 
 class Transcript:
-    """Cuts a byte stream into server-sent events, without changing a byte."""
+    """Cuts engines' byte streams into what may be delivered, and keeps what was."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._size = 0
-        # A boundary may lie across two pieces; looking back this far finds it without joining them.
-        self._edge = b""
+        self._waiting = bytearray()
+        self._scanned = 0
+        self._group = _Group()
+        self._choices: dict[int, Said] = {}
+        self._traced = False
+        self.cut_inside = False
+        """Part of a block has gone out, and its end has not."""
+        self.spoiled = False
+        """What was delivered is not known any more, token for token."""
+        self.n_tokens = 0
         self.last = b""
-        """The newest whole event that was no comment; empty before the first."""
+        """The newest delivered block that was no comment; empty before the first."""
 
-    def feed(self, data: bytes) -> bytes:
-        """The whole events that ``data`` completes, as they came; ``b""`` while there is none."""
-        end = _last_boundary(self._edge + data) - len(self._edge)
-        if end <= 0 and self._size + len(data) <= MAX_EVENT_BYTES:
-            self._keep(data, self._parts)
-            return b""
-        if end <= 0:
-            end = len(data)
-        whole = b"".join([*self._parts, data[:end]])
-        self._size = 0
-        self._edge = b""
-        self._keep(data[end:], [])
-        self._note_last(whole)
-        return whole
+    @property
+    def resumable(self) -> bool:
+        """The engine says what it sends, and all of it is recorded."""
+        return self._traced and not self.spoiled
+
+    @property
+    def choices(self) -> list[Said | None]:
+        """What the client has, by choice; None for a choice of which it has nothing."""
+        return [self._choices.get(index) for index in range(max(self._choices, default=-1) + 1)]
+
+    def feed(self, data: bytes) -> Portion:
+        """The whole groups that ``data`` completes. Tell :meth:`deliver` when the client has them."""
+        waiting = self._waiting
+        waiting += data
+        out = _Ready()
+        start = 0
+        position = max(0, self._scanned - 2)  # a boundary may lie across two pieces
+        while (boundary := _BOUNDARY.search(waiting, position)) is not None:
+            self._take(bytes(memoryview(waiting)[start : boundary.end()]), out)
+            start = position = boundary.end()
+        del waiting[:start]
+        self._scanned = len(waiting)
+        if len(waiting) + len(self._group.data) > MAX_HELD_BYTES:
+            self._let_go(out)
+        return Portion(bytes(out.data), out.traced, out.last)
+
+    def deliver(self, portion: Portion) -> int:
+        """The client has it. Returns how many tokens that are new to the record."""
+        fresh = 0
+        for group in portion.traced:
+            if group.choice >= MAX_CHOICES or self.n_tokens + len(group.tokens) > MAX_TOKENS:
+                self.spoiled = True
+                break
+            said = self._choices.setdefault(group.choice, Said())
+            said.tokens.extend(group.tokens)
+            said.ended = said.ended or group.ends
+            fresh += len(group.tokens)
+            self.n_tokens += len(group.tokens)
+        self.last = portion.last or self.last
+        return fresh
 
     def finish(self) -> bytes:
-        """What remains after the last whole event."""
-        rest = b"".join(self._parts)
-        self._parts, self._size, self._edge = [], 0, b""
+        """What remains after the last whole group of a stream that ended in good order."""
+        rest = bytes(self._group.data) + bytes(self._waiting)
+        self.restart()
         return rest
 
-    def _keep(self, data: bytes, parts: list[bytes]) -> None:
-        self._parts = parts
-        if data:
-            self._parts.append(data)
-            self._size += len(data)
-            self._edge = (self._edge + data)[-3:]
+    def restart(self) -> None:
+        """Another engine goes on: what the one before left half-said is forgotten."""
+        self._waiting.clear()
+        self._scanned = 0
+        self._group = _Group()
 
-    def _note_last(self, whole: bytes) -> None:
-        for event in reversed(whole.replace(b"\r\n", b"\n").split(b"\n\n")):
-            if event and not event.startswith(b":"):
-                self.last = event
-                return
+    # -- within ------------------------------------------------------------------------------------------------------
 
+    def _take(self, block: bytes, out: _Ready) -> None:
+        if block.startswith(_TRACE):
+            if self._group.missing:  # the group before never came to its end
+                self.spoiled = True
+                self._release(out)
+            block = self._begin_group(block)
+        group = self._group
+        into: _Group | _Ready = group if group.missing else out
+        into.data += block
+        self.cut_inside = False
+        if not block.startswith(b":"):
+            into.last = block.rstrip(b"\r\n") or into.last
+        if group.missing:
+            group.missing -= 1
+            if not group.missing:
+                self._release(out)
 
-def _last_boundary(data: bytes) -> int:
-    """The end of the last whole event in ``data``; 0 when none ends there."""
-    plain, windows = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-    return max(plain + 2 if plain >= 0 else 0, windows + 4 if windows >= 0 else 0)
+    def _release(self, out: _Ready) -> None:
+        group, self._group = self._group, _Group()
+        out.data += group.data
+        out.traced.append(group.trace)
+        out.last = group.last or out.last
+
+    def _begin_group(self, block: bytes) -> bytes:
+        """The block without its trace."""
+        line, _, rest = block.partition(b"\n")
+        try:
+            words = line[len(_TRACE) :].split()
+            ends = words[-1:] == [b"end"]
+            choice, blocks, *tokens = map(int, words[:-1] if ends else words)
+            understood = choice >= 0 and 0 < blocks <= MAX_GROUP_BLOCKS
+            ids = array("I", tokens)
+        except (ValueError, OverflowError):
+            understood = False
+        if not understood:
+            self.spoiled = True
+            return rest
+        self._traced = True
+        self._group = _Group(Traced(choice, ids, ends), blocks)
+        return rest if rest.strip() else b""
+
+    def _let_go(self, out: _Ready) -> None:
+        out.data += self._group.data + self._waiting
+        out.last = self._group.last or out.last
+        self.cut_inside = bool(self._waiting)
+        self.spoiled = True
+        self.restart()

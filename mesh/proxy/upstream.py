@@ -40,6 +40,7 @@ class Route:
         api_key: opens it for members of the mesh.
         model_name: as ``/v1/models`` shows it.
         open: a fresh stream to its HTTP port; raises :class:`MeshError` when there is none to be had.
+        fingerprint: of the model; a stream that began is continued by the very same one only.
     """
 
     epoch: Epoch
@@ -47,6 +48,7 @@ class Route:
     api_key: str
     model_name: str
     open: Callable[[], Awaitable[Stream]]
+    fingerprint: str = ""
 
 
 class UpstreamLost(TransportError):  # noqa: N818 - an outcome the core knows how to meet
@@ -102,17 +104,23 @@ class Upstream:
         self._streams: dict[httpcore.AsyncHTTP11Connection, Stream] = {}
         self._retired = False
 
-    async def ask(self, method: str, target: bytes, headers: Headers, body: bytes) -> Answer:
+    async def ask(self, method: str, target: bytes, headers: Headers, body: Sequence[bytes] = ()) -> Answer:
         """Send one request and await the head of its answer.
+
+        Args:
+            headers: without the length of the body.
+            body: in pieces of any size; () for a request that has none.
 
         Raises:
             UpstreamLost: no answer came.
         """
         own = [(b"Host", b"localhost"), *headers, (b"Authorization", b"Bearer " + self.route.api_key.encode())]
+        if body:
+            own.append((b"Content-Length", str(sum(map(len, body))).encode()))
 
         def request() -> httpcore.Request:
             url = httpcore.URL(scheme=b"http", host=b"engine.mesh", port=80, target=target)
-            return httpcore.Request(method, url, headers=own, content=_pieces(body) if body else None)
+            return httpcore.Request(method, url, headers=own, content=_pieces(body) if any(body) else None)
 
         stale: UpstreamLost | None = None
         while (connection := self._take_idle()) is not None:
@@ -223,7 +231,7 @@ class _NetworkStream(httpcore.AsyncNetworkStream):
         return self._stream.closed if info == "is_readable" else None
 
 
-def _pieces(body: bytes) -> AsyncIterator[bytes]:
+def _pieces(body: Sequence[bytes]) -> AsyncIterator[bytes]:
     async def pieces() -> AsyncIterator[bytes]:
         for piece in _cut(body):
             yield piece
@@ -231,6 +239,7 @@ def _pieces(body: bytes) -> AsyncIterator[bytes]:
     return pieces()
 
 
-def _cut(body: bytes) -> Iterator[bytes]:
-    for start in range(0, len(body), _PIECE_BYTES):
-        yield body[start : start + _PIECE_BYTES]
+def _cut(body: Sequence[bytes]) -> Iterator[bytes]:
+    for part in body:
+        for start in range(0, len(part), _PIECE_BYTES):
+            yield part[start : start + _PIECE_BYTES]

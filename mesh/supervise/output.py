@@ -96,6 +96,7 @@ class Output:
         log: where lines go.
         on_progress: called with bytes done and bytes in all for each ``mesh-load DONE TOTAL`` line of its stdout;
             such lines go nowhere else.
+        on_line: called with each line, printable, the progress apart.
         on_fallback: called with two names and the reason when the engine says that what the first computes reaches the
             second only through the host.
     """
@@ -105,10 +106,12 @@ class Output:
         log: RotatingLog,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_fallback: Callable[[str, str, str], None] = lambda source, destination, reason: None,
+        on_line: Callable[[str], object] = lambda line: None,
     ) -> None:
         self._log = log
         self._on_progress = on_progress
         self._on_fallback = on_fallback
+        self._on_line = on_line
         self._pipes = {1: _Lines(), 2: _Lines()}
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -135,6 +138,7 @@ class Output:
             kept.append(line + b"\n")
             words = line[:MAX_LINE].decode("utf-8", "replace")
             self._tail.append("".join(c if c.isprintable() else " " for c in words).rstrip())
+            self._on_line(self._tail[-1])
             if fallback := _FALLBACK.fullmatch(self._tail[-1]):
                 self._on_fallback(*fallback.groups())
         if kept:

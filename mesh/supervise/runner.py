@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mesh.clock import Clock
+from mesh.engine.placement import Placement
 from mesh.errors import MeshError
 from mesh.pump import Pump
 from mesh.supervise.core import Deadlines, EngineCore, State
@@ -121,6 +122,7 @@ class EngineRunner:
         announce: send to all members (:class:`Serving`, :class:`EngineDown`, :class:`LoadProgress`) and handle here
             as if received.
         make_secret: 32 random bytes, anew for each epoch and use.
+        on_placed: told where the engine of this node says its weights are, once it can compute.
         unused: returns once no request is under way on our llama-server.
     """
 
@@ -142,6 +144,7 @@ class EngineRunner:
         make_secret: Callable[[], bytes] = lambda: secrets.token_bytes(32),
         probe: Callable[[int, str], Awaitable[None]] = first_token,
         environment: Mapping[str, str] | None = None,
+        on_placed: Callable[[Epoch, Placement], None] = lambda epoch, placement: None,
         unused: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         self._me = me
@@ -160,6 +163,8 @@ class EngineRunner:
         self._launcher = launcher
         self._make_secret = make_secret
         self._probe = probe
+        self._on_placed = on_placed
+        self._placements: dict[ProcessKind, Placement] = {}
         self._environment = os.environ if environment is None else environment
         self._registry = ProcessRegistry(state_dir)
         self._logs = {kind: RotatingLog(state_dir / "logs" / f"{kind.value}.log") for kind in ProcessKind}
@@ -305,6 +310,7 @@ class EngineRunner:
 
     async def _probe_token(self, epoch: Epoch) -> None:
         await self._probe(self._ports[ProcessKind.SERVER], self._keys_of(epoch).api)
+        self._on_placed(epoch, self._placements[ProcessKind.SERVER])
         self.post(Answered(epoch))
 
     async def _await_drain(self, epoch: Epoch, hosting: bool) -> None:
@@ -323,14 +329,20 @@ class EngineRunner:
             return
         self._ports[kind] = port
         self.post(ProcessStarted(epoch, kind, port))
+        if kind is ProcessKind.RPC:
+            self._on_placed(epoch, self._placements[kind])
         code = await child.wait()
         self.post(ProcessExited(epoch, kind, code, child.tail))
 
     async def _launch(self, epoch: Epoch, kind: ProcessKind, command: Command) -> Child:
         assert self._launcher is not None, "start() comes first"
         self._logs[kind].write(f"--- epoch {epoch.number} at {self._clock.wall():.0f}\n".encode())
+        placement = self._placements[kind] = Placement()
         output = Output(
-            self._logs[kind], lambda done, total: self.post(LoadSeen(epoch, done, total)), self._note_fallback
+            self._logs[kind],
+            lambda done, total: self.post(LoadSeen(epoch, done, total)),
+            self._note_fallback,
+            placement.read,
         )
         environment = child_environment(self._environment, command.env)
         # Never half-started: a step that is cancelled here leaves the launch to finish, and the stop that cancelled

@@ -169,7 +169,6 @@ class PeerConnection:
     def abort_stream(self, stream_id: int, code: int) -> None:
         if not self.closed:
             self.quic.abort_stream(stream_id, code)
-            self.stream_changed(stream_id)
             self._schedule()
 
     def stream_changed(self, stream_id: int) -> None:

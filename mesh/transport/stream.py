@@ -119,6 +119,7 @@ class QuicStream:
             self._fail_reading(reason)
         if not self._ended:
             self._fail_writing(reason)
+        self._connection.stream_changed(self._id)
 
     # -- called by the connection ------------------------------------------------------------------------------------
 

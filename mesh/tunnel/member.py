@@ -17,6 +17,8 @@ MAX_RPC_STREAMS = 16
 """Of one host to our rpc-server. It opens one, and a few short ones while it starts."""
 MAX_HTTP_STREAMS = 512
 """Of all members to our llama-server: requests in flight, of all ingresses together."""
+MAX_HTTP_STREAMS_EACH = 256
+"""Of one ingress: however much its clients ask for, the others' have room. It holds the rest, and tries again."""
 
 
 class Endpoint(Protocol):
@@ -31,8 +33,9 @@ class Endpoint(Protocol):
 class _Carrier:
     """Streams being carried to a local port, until they end or all are closed at once."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, limit_each: int) -> None:
         self._limit = limit
+        self._limit_each = limit_each
         self._carrying: dict[asyncio.Task[None], NodeId] = {}
         self._traffic: dict[NodeId, Traffic] = {}
 
@@ -64,8 +67,9 @@ class _Carrier:
     async def _carry(
         self, peer: NodeId, stream: Stream, port: int, greeting: bytes, on_connected: Callable[[], None]
     ) -> None:
-        if len(self._carrying) >= self._limit:
-            await _refuse(stream, "busy", f"{self._limit} streams are open already")
+        own = sum(source == peer for source in self._carrying.values())
+        if len(self._carrying) >= self._limit or own >= self._limit_each:
+            await _refuse(stream, "busy", f"{len(self._carrying)} streams are open already, {own} of them yours")
             return
 
         async def carry() -> None:
@@ -117,7 +121,7 @@ class WorkerTunnel(_Carrier):
         *,
         on_connected: Callable[[Epoch], None] = lambda epoch: None,
     ) -> None:
-        super().__init__(MAX_RPC_STREAMS)
+        super().__init__(MAX_RPC_STREAMS, MAX_RPC_STREAMS)
         self.on_connected = on_connected
         self._endpoint = endpoint
         self._may_carry = may_carry
@@ -142,7 +146,7 @@ class HttpTunnel(_Carrier):
     """
 
     def __init__(self, port: Callable[[Epoch], int | None]) -> None:
-        super().__init__(MAX_HTTP_STREAMS)
+        super().__init__(MAX_HTTP_STREAMS, MAX_HTTP_STREAMS_EACH)
         self._port = port
 
     async def serve(self, peer: NodeId, request: OpenHttp, stream: Stream) -> None:

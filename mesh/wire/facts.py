@@ -166,6 +166,8 @@ class NodeFacts(Struct, frozen=True):
     """The node runs on a battery now: it carries layers only where others cannot."""
     pairs: bool = False
     """The node lets machines in by a pairing code, and understands what is said of that among members."""
+    computes_on: Annotated[str, Meta(max_length=64)] = ""
+    """What holds the node's share, as its engine's log says, where that is not the device the layout names."""
 
 
 class RingMember(Struct, frozen=True):

@@ -363,6 +363,9 @@ class OpenProbe(_Message, frozen=True, tag="probe"):
 class Opened(_Message, frozen=True, tag="opened"):
     """The other end is connected; raw bytes follow."""
 
+    wall: Annotated[float, Meta(ge=0, le=1e11)] = 0.0
+    """The other end's clock, seconds since 1970; 0: not told."""
+
 
 class OpenFailed(_Message, frozen=True, tag="openfailed"):
     code: Annotated[str, Meta(max_length=32)]

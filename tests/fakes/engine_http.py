@@ -1,4 +1,8 @@
-"""A llama-server that needs no model: real HTTP over TCP or any stream, and every misfortune on demand."""
+"""A llama-server that needs no model: real HTTP over TCP or any stream, and every misfortune on demand.
+
+Asked by an ingress it traces its streams and continues them, as the patched engine does: one group of blocks for each
+word, whose token is :func:`token_of` its place.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from mesh.proxy.tcp import TcpStream
 from mesh.transport.lane import Stream
 
 KEY = "engine-key"
+METRICS = b"# HELP llamacpp:prompt_tokens_total Prompt tokens.\nllamacpp:prompt_tokens_total 7\n"
 LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
 
 
@@ -37,7 +42,14 @@ class FakeEngine:
         words: what it generates.
         step: when set, each word waits for one ``release()`` of it.
         break_after: cut the connection after so many words of a stream, or before an answer that is not one (0).
+        dies_after: the same, counted from where each stream begins or is continued.
+        break_at: cut the connection after so many bytes of a stream's events.
         end_after: end the stream in good order after so many words, but without its end mark.
+        blocks: of how many blocks a word's group consists.
+        choices: answers to each streamed request, in turns.
+        traces: say which tokens a group stands for; an engine without the patch does not.
+        refuses: continue nothing (409).
+        error_after: say so many words of a stream, then an error event.
         loading: answer 503 as while the model is read.
         hang: take requests and never answer.
         large_answer: bytes added to answers that echo the request.
@@ -47,7 +59,14 @@ class FakeEngine:
     words: list[str] = field(default_factory=lambda: ["one ", "two ", "three "])
     step: asyncio.Semaphore | None = None
     break_after: int | None = None
+    dies_after: int | None = None
+    break_at: int | None = None
     end_after: int | None = None
+    error_after: int | None = None
+    blocks: int = 1
+    choices: int = 1
+    traces: bool = True
+    refuses: bool = False
     loading: bool = False
     hang: bool = False
     api_key: str = KEY
@@ -165,11 +184,24 @@ class FakeEngine:
         if self.hang:
             await asyncio.Event().wait()
         path = seen.target.partition("?")[0]
-        ask = json.loads(seen.body) if seen.body[:1] == b"{" else {}
-        if ask.get("bad"):
+        ask = json.loads(seen.body) if b"{" in seen.body[:4] else {}
+        given: list[int] = []
+        if "x-mesh-resume" in seen.headers:
+            if self.refuses:
+                problem = {"message": "not this one", "type": "cannot_resume", "code": 409}
+                await _send_json(connection, stream, 409, {"error": problem})
+                return
+            given = [0 if one is None else 1 + len(one["tokens"]) + one["end"] for one in ask["choices"]]
+            for choice in filter(None, ask["choices"]):
+                assert choice["tokens"] == [token_of(n) for n in range(len(choice["tokens"]))], "what the client has"
+            ask = ask["body"]
+        if path == "/metrics":
+            await _send(connection, stream, 200, METRICS, "text/plain; version=0.0.4")
+        elif ask.get("bad"):
             await _send_json(connection, stream, 400, {"error": {"message": "bad\nfield", "code": 400}})
         elif ask.get("stream") is True:
-            await self._stream(connection, stream, path)
+            traces = self.traces and "x-mesh-request" in seen.headers
+            await self._stream(connection, stream, path, given, traces)
         elif self.break_after == 0:
             stream.abort()
         elif path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
@@ -183,51 +215,124 @@ class FakeEngine:
                 echo["large"] = "x" * self.large_answer
             await _send_json(connection, stream, 200, echo, cut=self.cut_bodies)
 
-    async def _generate(self) -> AsyncIterator[str]:
-        for word in self.words:
+    async def _generate(self, start: int = 0) -> AsyncIterator[str]:
+        for word in self.words[start:]:
             if self.step is not None:
                 await self.step.acquire()
             yield word
 
-    async def _stream(self, connection: h11.Connection, stream: Stream, path: str) -> None:
+    async def _stream(
+        self, connection: h11.Connection, stream: Stream, path: str, given: list[int], traces: bool
+    ) -> None:
+        """``given``: groups of each choice (its preamble is one) that the client has, and which stay mute."""
         headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), ("Server", "llama.cpp")]
-        head = connection.send(h11.Response(status_code=200, headers=headers))
-        sent = 0
-        async for word in self._generate():
-            if self.break_after == sent:
+        head = connection.send(h11.Response(status_code=200, headers=headers)) or b""
+
+        left = self.break_at
+
+        async def say(data: bytes) -> None:
+            nonlocal head, left
+            if left is not None:
+                data, left = data[:left], left - len(data)
+            if data:
+                await stream.write(head + (connection.send(h11.Data(data=data)) or b""))
+                head = b""
+            if left is not None and left <= 0:
+                raise ConnectionResetError("cut, as asked")
+
+        sent = max(0, *given, 1) - 1 if given else 0
+        dies_at = self.break_after if self.dies_after is None else sent + self.dies_after
+        for choice in range(self.choices):
+            if not (given[choice] if choice < len(given) else 0):
+                await say(self._group(path, choice, preamble(path), [], traces))
+        async for word in self._generate(sent):
+            if dies_at == sent:
                 # Half an event, then nothing: the worst place to be cut.
-                if head is None:
-                    await stream.write(connection.send(h11.Data(data=b'data: {"choices":[{"te')) or b"")
+                half = self._group(path, 0, self._said(path, word), [token_of(sent)], traces)
+                await say(half[: len(half) - 5])
                 stream.abort()
                 return
             if self.end_after == sent:
                 break
-            data = connection.send(h11.Data(data=chunk(path, word))) or b""
-            await stream.write((head or b"") + data)
-            head = None
+            if self.error_after == sent:
+                await say(b'data: {"error":{"message":"Compute error.","code":500}}\n\n')
+                break
+            for choice in range(self.choices):
+                if (given[choice] if choice < len(given) else 0) < 2 + sent:
+                    await say(self._group(path, choice, self._said(path, word), [token_of(sent)], traces))
             sent += 1
-        tail = b"" if self.end_after == sent else end(path)
-        await stream.write(
-            (head or b"") + (connection.send(h11.Data(data=tail)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
-        )
+        if self.end_after != sent and self.error_after != sent:
+            for choice in range(self.choices):
+                if (given[choice] if choice < len(given) else 0) < 2 + sent:
+                    await say(self._group(path, choice, closing(path), [], traces, ends=True))
+            await say(end(path))
+        await stream.write(head + (connection.send(h11.EndOfMessage()) or b""))
+
+    def _said(self, path: str, word: str) -> bytes:
+        return chunk(path, word) + b"".join(chunk(path, "") for _ in range(self.blocks - 1))
+
+    def _group(
+        self, path: str, choice: int, blocks: bytes, tokens: list[int], traces: bool, *, ends: bool = False
+    ) -> bytes:
+        if not blocks or not traces:
+            return blocks
+        trace = " ".join(map(str, [choice, blocks.count(b"\n\n"), *tokens, *(["end"] if ends else [])]))
+        return f": mesh {trace}\n".encode() + blocks
+
+
+_NATIVE = frozenset({"/completion", "/completions", "/infill"})
+
+
+def token_of(place: int) -> int:
+    """The id of the word at ``place``."""
+    return 1000 + place
+
+
+def preamble(path: str) -> bytes:
+    """What comes before the first word."""
+    if path == "/v1/messages":
+        return b'event: message_start\ndata: {"type":"message_start"}\n\n'
+    if path.endswith("/responses"):
+        return b"event: response.created\ndata: {}\n\nevent: response.in_progress\ndata: {}\n\n"
+    if path.endswith("/chat/completions"):
+        return b'data: {"choices":[{"delta":{"role":"assistant"},"finish_reason":null}]}\n\n'
+    return b""
+
+
+def closing(path: str) -> bytes:
+    """The last group, where the end mark is not part of it."""
+    if path.endswith("/completions") and path not in _NATIVE:
+        usage = b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n'
+        return b'data: {"choices":[{"text":"","finish_reason":"stop"}]}\n\n' + usage
+    return b""
 
 
 def chunk(path: str, word: str) -> bytes:
     """The event that carries ``word``."""
+    if path.endswith("/responses"):
+        return b"event: response.output_text.delta\ndata: " + json.dumps({"delta": word}).encode() + b"\n\n"
     if path == "/v1/messages":
         return b"event: content_block_delta\ndata: " + json.dumps({"delta": {"text": word}}).encode() + b"\n\n"
-    if path == "/completion":
+    if path in _NATIVE:
         return b"data: " + json.dumps({"content": word, "stop": False}, separators=(",", ":")).encode() + b"\n\n"
     return b"data: " + json.dumps({"choices": [{"text": word}]}).encode() + b"\n\n"
 
 
 def end(path: str) -> bytes:
     """What says that a stream is complete."""
+    if path.endswith("/responses"):
+        return b"event: response.completed\ndata: {}\n\n"
     if path == "/v1/messages":
         return b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
-    if path == "/completion":
+    if path in _NATIVE:
         return b'data: {"content":"","stop":true}\n\n'
     return b"data: [DONE]\n\n"
+
+
+def whole(path: str, words: list[str], *, blocks: int = 1, choices: int = 1) -> bytes:
+    """The stream a client gets of an answer that nothing went wrong with."""
+    said = b"".join((chunk(path, word) + chunk(path, "") * (blocks - 1)) * choices for word in words)
+    return preamble(path) * choices + said + closing(path) * choices + end(path)
 
 
 async def _hangup(stream: Stream) -> bytes:
@@ -241,8 +346,13 @@ async def _hangup(stream: Stream) -> bytes:
 async def _send_json(
     connection: h11.Connection, stream: Stream, status: int, value: object, *, cut: bool = False
 ) -> None:
-    body = json.dumps(value).encode()
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Engine", "fake")]
+    await _send(connection, stream, status, json.dumps(value).encode(), "application/json", cut=cut)
+
+
+async def _send(
+    connection: h11.Connection, stream: Stream, status: int, body: bytes, kind: str, *, cut: bool = False
+) -> None:
+    headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("X-Engine", "fake")]
     head = connection.send(h11.Response(status_code=status, headers=headers)) or b""
     if cut:
         await stream.write(head + body[: len(body) // 2])

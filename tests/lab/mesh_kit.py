@@ -40,7 +40,7 @@ def model_file(preset: str) -> Path:
 
 
 @contextlib.contextmanager
-def plain_server(model: Path) -> Iterator[str]:
+def plain_server(model: Path, *, slots: int = 1) -> Iterator[str]:
     """An ordinary llama-server on this machine's own loopback, as anybody would start it; yields its address."""
     engine = find_engine()
     assert engine is not None
@@ -56,14 +56,17 @@ def plain_server(model: Path) -> Iterator[str]:
         "--port",
         str(port),
         "-t",
-        "2",
-        "-np",
         "1",
+        "-np",
+        str(slots),
+        "-c",
+        str(4096 * slots),
+        "--embeddings",
+        "--pooling",
+        "mean",
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "MESH_"))}
-    server = subprocess.Popen(
-        [*argv, "-c", "4096"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
+    server = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         deadline = time.monotonic() + 60
         while True:

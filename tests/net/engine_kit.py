@@ -41,10 +41,16 @@ def write_model(
     tensors_per_shard: int = 0,
     dtype: type = np.float16,
     change: str = "",
+    context: int = CONTEXT,
+    q8: bool = False,
+    template: str = "",
 ) -> list[Path]:
     """A llama with random weights and a real vocabulary; the files it was written to, shards in order.
 
-    ``change`` names one tensor that is drawn from another seed than the rest.
+    Args:
+        change: names one tensor that is drawn from another seed than the rest.
+        q8: matrices as Q8_0. Its kernels say the same to the last bit of one token and of several at once.
+        template: of conversations; no word of it is then led by a space that is not there.
     """
     words = gguf.GGUFReader(engine.vocab("llama-spm"))
     out = gguf.GGUFWriter(path, "llama", split_max_tensors=tensors_per_shard)
@@ -53,7 +59,10 @@ def write_model(
             kind = entry.types[0]
             sub = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             out.add_key_value(name, entry.contents(), kind, sub)
-    out.add_context_length(CONTEXT)
+    if template:
+        out.add_chat_template(template)
+        out.add_add_space_prefix(False)
+    out.add_context_length(context)
     out.add_embedding_length(width)
     out.add_block_count(layers)
     out.add_feed_forward_length(2 * width)
@@ -71,7 +80,13 @@ def write_model(
     for index, (name, shape) in enumerate(shapes.items()):
         random = np.random.default_rng([seed + (name == change), index])
         values = random.standard_normal(shape, dtype=np.float32) * 2 / np.sqrt(shape[-1])
-        out.add_tensor(name, np.ones(shape, np.float32) if len(shape) == 1 else values.astype(dtype))
+        if len(shape) == 1:
+            out.add_tensor(name, np.ones(shape, np.float32))
+        elif q8:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            out.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            out.add_tensor(name, values.astype(dtype))
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()

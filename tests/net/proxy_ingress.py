@@ -53,12 +53,12 @@ class Ingress:
     links: list[FakeStream] = field(default_factory=list)
     opened: int = 0
 
-    def serve_tcp(self, port: int, number: int = 1) -> None:
+    def serve_tcp(self, port: int, number: int = 1, fingerprint: str = "") -> None:
         async def open_stream() -> Stream:
             self.opened += 1
             return await open_tcp("127.0.0.1", port)
 
-        self.serve_by(open_stream, number)
+        self.serve_by(open_stream, number, fingerprint)
 
     def serve_lane(self, engine: FakeEngine, number: int = 1, *, window: int = 1 << 20) -> None:
         """By streams in memory, as over the mesh."""
@@ -79,8 +79,13 @@ class Ingress:
 
         self.serve_by(open_stream, number)
 
-    def serve_by(self, open_stream: Any, number: int) -> None:
-        self.proxy.serve(Route(Epoch(number, HOST), HOST, KEY, "tiny", open_stream))
+    def serve_by(self, open_stream: Any, number: int, fingerprint: str = "") -> None:
+        self.proxy.serve(Route(Epoch(number, HOST), HOST, KEY, "tiny", open_stream, fingerprint))
+
+    def tokens(self) -> float:
+        """How many were streamed to clients so far."""
+        lines = self.proxy.metrics.render().decode().splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith("mesh_tokens_streamed_total"))
 
     async def events(self, path: str = "/v1/chat/completions", **body: Any) -> bytes:
         """The whole stream, however it ends."""

@@ -36,6 +36,7 @@ def node(place: Place) -> Iterator[Up]:
 
 
 def test_the_screen_says_what_happens_in_order(node: Up) -> None:
+    node.wait_for("invite ")  # it is written to disk first, which may take a moment longer than to be ready
     kinds = [line.split()[0] for line in node.lines if not line.startswith(" ")]
     assert kinds[:6] == ["model", "model", "mesh", "plan", "ready", "invite"]
     assert node.said('founded "kitchen"')

@@ -255,3 +255,18 @@ async def test_a_token_admits_as_many_as_it_says_when_all_come_at_once(party: Pa
     assert sum(isinstance(result, JoinResult) for result in results) == uses
     assert {result.code for result in results if isinstance(result, MeshError)} == {"spent"}
     assert sum(anna.roster.role_of(lane.key.public, party.wall) is not None for lane in lanes) == uses
+
+
+async def test_who_was_parted_when_somebody_was_revoked_learns_it_by_greeting(party: Party) -> None:
+    """The greeting told, and the link to the revoked member stood on all the same."""
+    anna = await party.node("anna")
+    carl = await party.node("carl", knows=(anna,))
+    await eventually(lambda: carl.key.id in anna.links.peers())
+    ben = await party.node("ben")
+    revocation = sign_revocation(party.founder, mesh=party.founder.id, subject=carl.key.public, wall=party.wall)
+    ben.roster.revoke([revocation], party.wall)
+    ben.links.learn(anna.where())
+    await eventually(lambda: ben.key.id in anna.links.peers())
+    await eventually(lambda: carl.key.id not in anna.links.peers(), within=SOON_S)
+    assert (carl.key.id, "revoked") in anna.downs
+    await eventually(lambda: carl.expelled)

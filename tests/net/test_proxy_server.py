@@ -47,6 +47,21 @@ async def test_the_model_list_is_the_engines_when_it_answers() -> None:
         assert (await ingress.client.get("/v1/models")).json()["path"] == "/v1/models"
 
 
+async def test_a_scraper_finds_the_engines_metrics_and_the_meshs() -> None:
+    async with an_engine(hang=True) as (engine, port), an_ingress() as ingress:
+        for serving in (False, True):
+            for path in ("/metrics", "/mesh/metrics"):
+                answer = await ingress.client.get(path)
+                assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+                assert "mesh_requests_active 0.0" in answer.text and "llamacpp" not in answer.text
+            if not serving:
+                ingress.serve_tcp(port)  # an engine that hangs keeps no scraper waiting
+        engine.hang = False
+        text = (await ingress.client.get("/metrics")).text
+        assert text.startswith("# HELP llamacpp:prompt_tokens_total") and "mesh_requests_active" in text
+        assert "llamacpp" not in (await ingress.client.get("/mesh/metrics")).text
+
+
 async def test_status_is_open_on_loopback() -> None:
     async with an_ingress(api_keys=["mine"]) as ingress:
         assert (await ingress.client.get("/mesh/status")).json() == {"mesh": {"epoch": 3}}

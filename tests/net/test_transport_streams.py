@@ -275,3 +275,12 @@ async def test_words_written_right_before_a_close_arrive(pair: Pair) -> None:
     await ours.write(b"we are leaving")
     pair.there.close(0, "gone")
     assert await theirs.read_exactly(14) == b"we are leaving"
+
+
+async def test_a_stream_that_is_aborted_after_the_peer_ended_its_half_is_forgotten(pair: Pair) -> None:
+    for _ in range(8):
+        ours, theirs = await pair.stream()
+        await theirs.write_eof()
+        assert await asyncio.wait_for(ours.read(), 5) == b""
+        ours.abort()
+    await eventually(lambda: not pair.there._streams and not pair.here._streams)

@@ -389,6 +389,29 @@ async def test_http_is_carried_to_the_server_that_serves_and_to_no_other() -> No
         assert refusal.code == "not-serving"
 
 
+async def test_one_members_requests_leave_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.tunnel.member.MAX_HTTP_STREAMS", 4)
+    monkeypatch.setattr("mesh.tunnel.member.MAX_HTTP_STREAMS_EACH", 3)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: bytearray) -> None:
+        await reader.read()
+
+    async with Server(answer) as server:
+        tunnel = HttpTunnel(lambda epoch: server.port)
+        carried = []
+
+        async def opens(peer: str) -> str:
+            ours, theirs = stream_pair()
+            carried.append(asyncio.ensure_future(tunnel.serve(peer, OpenHttp(ONE), theirs)))
+            reply = await read_frame(ours, open_reply_decoder)
+            return "carried" if isinstance(reply, Opened) else getattr(reply, "code", "")
+
+        assert [await opens("m" * 26) for _ in range(4)] == ["carried"] * 3 + ["busy"]
+        assert [await opens("n" * 26) for _ in range(2)] == ["carried", "busy"]
+        tunnel.close()
+        await asyncio.gather(*carried, return_exceptions=True)
+
+
 async def local_pair() -> tuple[LocalEnd, asyncio.StreamReader, asyncio.StreamWriter]:
     accepted: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     server = await asyncio.start_server(lambda *ends: accepted.set_result(ends), "127.0.0.1", 0)

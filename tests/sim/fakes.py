@@ -26,11 +26,11 @@ def node_id(index: int) -> NodeId:
 
 
 def facts_of(
-    index: int, *, role: str = "worker", layers: int = 6, version: int = 1, draining: bool = False
+    index: int, *, role: str = "worker", layers: int = 6, version: int = 1, draining: bool = False, id: NodeId = ""
 ) -> NodeFacts:
     """A node that can carry ``layers`` layers."""
     return NodeFacts(
-        id=node_id(index),
+        id=id or node_id(index),
         version=version,
         name=f"n{index}",
         role=role,  # type: ignore[arg-type]

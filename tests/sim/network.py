@@ -8,6 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mesh.membership.dialer import DIAL_TIMEOUT_S, FIRST_RETRY_S, LAST_RETRY_S
+
+STANDSTILL = 50_000
+"""Things done at one and the same moment."""
+
 
 class Clock:
     """Virtual time: a heap of things to do."""
@@ -15,6 +20,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.steps = 0
+        self._began = 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._n = 0
 
@@ -25,15 +31,29 @@ class Clock:
     def after(self, delay: float, do: Callable[..., None], *args: Any) -> None:
         self.at(self.now + delay, do, *args)
 
-    def step(self) -> None:
-        self.now, _, do, args = heapq.heappop(self._heap)
-        self.steps += 1
-        do(*args)
-
     def run(self, until: float) -> None:
-        while self._heap and self._heap[0][0] <= until:
-            self.step()
-        self.now = until
+        """Do all that is due until then. May be called by what is being done: for somebody who waits, time passes."""
+        heap = self._heap
+        while heap and heap[0][0] <= until:
+            when, _, do, args = heapq.heappop(heap)
+            if when > self.now:
+                self.now, self._began = when, self.steps
+            self.steps += 1
+            if self.steps - self._began > STANDSTILL:
+                raise RuntimeError(f"time stands still at {self.now:.3f} s: a timer that is due stays due")
+            try:
+                do(*args)
+            except DiedError as died:
+                died.end()
+        self.now = max(self.now, until)
+
+
+class DiedError(Exception):
+    """The process of a node ended in the middle of what it was doing."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        super().__init__()
+        self.end = end
 
 
 @dataclass(eq=False)
@@ -64,8 +84,12 @@ class Weather:
     idle: float = 4.0
 
 
+RESENT_AFTER_S = (0.0, 0.3, 0.9, 2.1, 4.5)
+"""The first packet of a dial that gets no answer is sent again: a probe timeout, doubled each time."""
+
+
 class Network:
-    """Carries messages between ``nodes``, which offer ``is_up``, ``deliver``, ``link_up`` and ``link_down``."""
+    """Carries messages between ``nodes`` (:class:`tests.sim.node.Node`), and links them where their doors agree."""
 
     def __init__(self, clock: Clock, rng: random.Random, weather: Weather, nodes: dict[str, Any]) -> None:
         self.clock = clock
@@ -78,6 +102,7 @@ class Network:
         """Seconds more that a directed path takes: a full queue somewhere."""
         self.link: dict[tuple[str, str], Link] = {}
         """(whose view, peer) -> the link it thinks is up."""
+        self._seeking: set[tuple[str, str]] = set()
 
     # -- packets -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +134,7 @@ class Network:
         if (sender, receiver) in self.closed or link.stuck.get(receiver):
             link.stuck.setdefault(receiver, []).append(message)
             return
-        if receiver not in link.ends or not self.nodes[receiver].is_running:
+        if receiver not in link.ends:
             return
         link.last[receiver] = self.clock.now
         self.nodes[receiver].deliver(sender, message, link)
@@ -135,15 +160,38 @@ class Network:
     # -- links ---------------------------------------------------------------------------------------------------------
 
     def housekeeping(self, node: str) -> None:
-        """What a node's transport does now and then: give up silent links, dial missing ones."""
-        for peer in self.nodes:
-            if peer == node:
-                continue
+        """What a node's transport does now and then: give up silent links, look for missing ones."""
+        for peer in self.nodes[node].wanted:
             link = self.link.get((node, peer))
             if link is None:
-                self._dial(node, peer)
+                self.seek(node, peer)
             elif self.clock.now - link.last[node] > self.weather.idle:
                 self.close(node, peer, "timeout")
+
+    def seek(self, node: str, peer: str, delay: float = 0.0) -> None:
+        """``node`` keeps dialing ``peer``, unless it does so already (see :mod:`mesh.membership.dialer`)."""
+        if (node, peer) not in self._seeking and node != peer:
+            self._seeking.add((node, peer))
+            self.clock.after(delay * (0.5 + self.rng.random()), self._dial, node, self.nodes[node].boots, peer, 0.0)
+
+    def _dial(self, node: str, boot: int, peer: str, delay: float) -> None:
+        mine, theirs = self.nodes.get(node), self.nodes.get(peer)
+        if mine is None or mine.boots != boot or not mine.is_running:
+            return
+        if theirs is None or peer not in mine.wanted or (node, peer) in self.link:
+            self._seeking.discard((node, peer))
+            return
+        for resent in RESENT_AFTER_S:
+            self.clock.after(resent, self._knock, node, boot, peer)
+        pause = min(max(delay * 2, FIRST_RETRY_S), LAST_RETRY_S)
+        self.clock.after(DIAL_TIMEOUT_S + pause * (0.5 + self.rng.random()), self._dial, node, boot, peer, pause)
+
+    def _knock(self, node: str, boot: int, peer: str) -> None:
+        mine, theirs = self.nodes.get(node), self.nodes.get(peer)
+        if mine is None or mine.boots != boot or not mine.is_awake or (node, peer) in self.link:
+            return
+        if theirs is not None and self.is_open(node, peer) and theirs.is_awake:
+            self.clock.after(2 * self.latency(), self._connected, mine, theirs)
 
     def close(self, node: str, peer: str, reason: str) -> None:
         """``node`` ends its link to ``peer`` and says so, which ``peer`` learns if the path is open."""
@@ -152,33 +200,39 @@ class Network:
             return
         link.ends.discard(node)
         self.nodes[node].link_down(peer, reason)
+        self.seek(node, peer, FIRST_RETRY_S)
         if (node, peer) not in self.closed:
             self.clock.after(self.latency() + 0.05, self._closed, link, peer, node)
 
     def _closed(self, link: Link, node: str, peer: str) -> None:
-        if node in link.ends and self.link.get((node, peer)) is link and self.nodes[node].is_running:
+        if node in link.ends and self.link.get((node, peer)) is link:
             del self.link[(node, peer)]
             link.ends.discard(node)
             self.nodes[node].link_down(peer, "closed")
+            self.seek(node, peer, FIRST_RETRY_S)
 
     def vanish(self, node: str) -> None:
         """The process is gone without a word; nobody is told."""
         for key in [key for key in self.link if key[0] == node]:
             self.link.pop(key).ends.discard(node)
+        self._seeking = {pair for pair in self._seeking if pair[0] != node}
 
-    def _dial(self, node: str, peer: str) -> None:
-        if self.is_open(node, peer) and self.nodes[peer].is_awake:
-            self.clock.after(2 * self.latency(), self._connected, node, peer)
-
-    def _connected(self, dialer: str, peer: str) -> None:
-        mine, theirs = self.link.get((dialer, peer)), self.link.get((peer, dialer))
-        ready = self.nodes[dialer].is_awake and self.nodes[peer].is_awake and self.is_open(dialer, peer)
-        if mine is not None or not ready:
+    def _connected(self, dialer: Any, peer: Any) -> None:
+        a, b = dialer.id, peer.id
+        mine, theirs = self.link.get((a, b)), self.link.get((b, a))
+        here = self.nodes.get(a) is dialer and self.nodes.get(b) is peer
+        if mine is not None or not here or not dialer.is_awake or not peer.is_awake or not self.is_open(a, b):
+            return
+        theirs_says = peer.greets(dialer)
+        mine_says = dialer.greets(peer) if theirs_says is not None else None
+        if theirs_says is None or mine_says is None:
             return
         if theirs is not None:
             theirs.ends.clear()  # replaced: the peer had not noticed that the old one is dead
+            del self.link[(b, a)]
+            peer.link_down(a, "closed")
         now = self.clock.now
-        link = Link(dialer, peer, {dialer, peer}, {dialer: now, peer: now})
-        self.link[(dialer, peer)] = self.link[(peer, dialer)] = link
-        self.nodes[peer].link_up(dialer)
-        self.nodes[dialer].link_up(peer)
+        link = Link(a, b, {a, b}, {a: now, b: now})
+        self.link[(a, b)] = self.link[(b, a)] = link
+        peer.do(peer.boots, peer.link_up, dialer, theirs_says)
+        dialer.do(dialer.boots, dialer.link_up, peer, mine_says)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mesh.config import format_size, load_settings, parse_duration, parse_size
 from mesh.errors import UsageError
+from mesh.proxy.keys import read_api_keys
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,43 @@ def test_a_relay_takes_no_model_and_needs_a_rate() -> None:
     for wrong in ({"demo": True}, {"model": "x.gguf"}, {"relay_rate": 0}):
         with pytest.raises(UsageError):
             load_settings({"relay_only": True, **wrong}, None)
+
+
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MESH_API_KEYS", raising=False)
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_an_api_that_others_reach_wants_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.4", "attic.lan"):
+        with pytest.raises(UsageError, match="opens the API to other machines") as caught:
+            load_settings({"api_host": host}, None)
+        assert "--api-key-file" in (caught.value.remedy or "") and "MESH_API_KEYS" in (caught.value.remedy or "")
+        assert load_settings({"api_host": host, "api_key_file": tmp_path / "keys"}, None).api_host == host
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
+        assert load_settings({"api_host": host}, None).api_is_local
+    monkeypatch.setenv("MESH_API_KEYS", "one")
+    assert load_settings({"api_host": "0.0.0.0"}, None).api_keys == ("one",)
+    monkeypatch.setenv("MESH_API_KEYS", " ,\n")
+    with pytest.raises(UsageError):
+        load_settings({"api_host": "0.0.0.0"}, None)
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_api_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_API_KEYS", "two, three\nfour,,")
+    settings = load_settings({}, None)
+    assert settings.api_keys == ("two", "three", "four") and "three" not in repr(settings)
+    file = tmp_path / "keys"
+    file.write_text("# of the office\n\n one \ntwo\n")
+    assert read_api_keys(file, settings.api_keys) == ("one", "two", "three", "four")
+    assert read_api_keys(None) == ()
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_api_keys_are_no_setting_of_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text('api_keys = ["secret"]\n')
+    with pytest.raises(UsageError, match="no setting"):
+        load_settings({}, file)

@@ -181,7 +181,7 @@ def test_missing_tools_are_named_together_with_what_to_install(monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"ID": "raspbian", "ID_LIKE": "debian"})
-    with pytest.raises(EngineError, match=r"C\+\+ compiler, CMake.*Ninja") as caught:
+    with pytest.raises(EngineError, match=r"C\+\+ compiler; CMake.*Ninja") as caught:
         find_toolchain("cpu")
     assert caught.value.remedy is not None
     assert "apt install build-essential" in caught.value.remedy

@@ -67,6 +67,7 @@ def test_only_the_default_demo_says_that_any_node_can_make_it(tiny: Path, tmp_pa
     assert write_demo(tmp_path / "demo.gguf", vocab).demo_version == DEMO_VERSION
     assert inspect(tiny).demo_version == 0
     assert write_demo(tmp_path / "other.gguf", vocab, seed=2).demo_version == 0
+    assert write_demo(tmp_path / "chat.gguf", vocab, chat_template="{{ messages }}").demo_version == 0
 
 
 def test_progress_rises_to_the_total(tmp_path: Path) -> None:

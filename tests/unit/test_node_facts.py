@@ -14,7 +14,9 @@ from mesh import hardware
 from mesh.config import Settings
 from mesh.election.events import Status
 from mesh.engine.cache import Engine
+from mesh.errors import EngineError
 from mesh.hardware.fake import FakeHardware
+from mesh.hardware.power_supply import Power
 from mesh.membership.view import Departed, Member, View
 from mesh.node.facts import OwnFacts
 from mesh.node.status import Counts, build_status, memory_bytes, role_in
@@ -55,6 +57,15 @@ def test_the_version_grows_with_a_change_and_only_then(machine: FakeHardware) ->
     assert second.models == (a_model(),)
 
 
+def test_a_machine_on_battery_says_so(machine: FakeHardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = own(FakeClock())
+    facts.measure()
+    assert not facts.facts(()).battery
+    monkeypatch.setattr(hardware, "power", lambda: Power(on_battery=True))
+    assert facts.measure()
+    assert facts.facts(()).battery
+
+
 def test_the_version_grows_even_when_the_clock_goes_back(machine: FakeHardware) -> None:
     clock = FakeClock()
     facts = own(clock)
@@ -79,14 +90,58 @@ def test_a_device_that_goes_away_is_told(machine: FakeHardware) -> None:
     assert facts.measure()
 
 
-def test_only_what_the_engine_computes_on_is_offered(machine: FakeHardware) -> None:
+def listing(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
+    monkeypatch.setattr("mesh.node.facts.list_devices", lambda engine: devices)
+
+
+def offered(facts: OwnFacts) -> list[str]:
+    facts.list_devices()
+    facts.measure()
+    return [device.name for device in facts.facts(()).devices]
+
+
+def test_only_what_the_engine_computes_on_is_offered(machine: FakeHardware, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.found = (CUDA, *machine.found)
-    clock = FakeClock()
-    on_cpu, on_cuda = own(clock), own(clock, replace(ENGINE, backend="cuda"))
-    for facts in (on_cpu, on_cuda):
-        facts.measure()
-    assert [d.name for d in on_cpu.facts(()).devices] == ["CPU"]
-    assert [d.name for d in on_cuda.facts(()).devices] == ["CUDA0"]
+    listing(monkeypatch, CUDA)
+    assert offered(own(FakeClock())) == ["CPU"]
+    assert offered(own(FakeClock(), replace(ENGINE, backend="cuda"))) == ["CUDA0"]
+
+
+def test_a_gpu_that_the_engine_does_not_list_is_not_offered(
+    machine: FakeHardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.found = (CUDA, *machine.found)
+    listing(monkeypatch)
+    assert offered(own(FakeClock(), replace(ENGINE, backend="cuda"))) == ["CPU"]
+
+
+def test_no_layers_on_the_gpu_means_the_processor(machine: FakeHardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing(monkeypatch, CUDA)
+    assert offered(own(FakeClock(), replace(ENGINE, backend="cuda"), gpu_layers=0)) == ["CPU"]
+
+
+def test_an_engine_that_does_not_run_keeps_its_last_list(
+    machine: FakeHardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = own(FakeClock(), replace(ENGINE, backend="cuda"))
+    listing(monkeypatch, CUDA)
+    assert offered(facts) == ["CUDA0"]
+
+    def broken(_: Engine) -> tuple[Device, ...]:
+        raise EngineError("it hangs")
+
+    monkeypatch.setattr("mesh.node.facts.list_devices", broken)
+    assert offered(facts) == ["CUDA0"]
+
+
+def test_where_the_engine_computes_instead_is_told_once(machine: FakeHardware) -> None:
+    facts = own(FakeClock())
+    first = facts.facts(())
+    facts.computes_on("")
+    assert facts.facts(()) is first
+    facts.computes_on("CPU")
+    assert facts.facts(()).computes_on == "CPU"
+    assert facts.facts(()).version > first.version
 
 
 def test_a_lite_client_offers_nothing(machine: FakeHardware) -> None:
@@ -139,6 +194,16 @@ def test_the_ring_has_every_layer_once() -> None:
     ring = status()["layout"]["ring"]
     layers = [n for member in ring if member["layers"] for n in range(member["layers"][0], member["layers"][1] + 1)]
     assert layers == list(range(8))
+
+
+def test_a_member_that_computes_on_another_device_than_planned_is_shown_as_such() -> None:
+    me = msgspec.structs.replace(ME, computes_on="CPU")
+    layout = msgspec.structs.replace(
+        LAYOUT, ring=(msgspec.structs.replace(LAYOUT.ring[0], device="CUDA0"), *LAYOUT.ring[1:])
+    )
+    devices = [member["device"] for member in status(me, layout)["layout"]["ring"]]
+    assert devices[0] == "CPU, not CUDA0"
+    assert devices[1] == "CPU"
 
 
 def test_without_a_layout_there_is_none() -> None:

@@ -12,7 +12,9 @@ import pytest
 from mesh.errors import StateError
 from mesh.identity.grants import sign_grant
 from mesh.identity.key import NodeKey
-from mesh.node.record import Record, forget_record, found, load_record, save_record
+from mesh.membership.core import BOOT_SHIFT, MAX_INCARNATION
+from mesh.membership.join import JoinResult
+from mesh.node.record import Record, forget_record, found, from_join, load_record, save_record
 from mesh.node.statedir import (
     RUNNING_FILE,
     Running,
@@ -126,3 +128,24 @@ def test_a_mesh_is_ours_alone_until_somebody_was_let_in() -> None:
     invited = sign_grant(FOUNDER, mesh=record.mesh, subject=GUEST.public, role="client", wall=WALL)
     shared: Record = msgspec.structs.replace(record, grants=(*record.grants, invited))
     assert not shared.is_only(FOUNDER)
+
+
+def test_runs_of_a_node_are_told_apart_whatever_its_wall_clock_does() -> None:
+    """Two runs within a second had one number, and a clock that was set back gave a smaller one."""
+    record = found(FOUNDER, "home", WALL)
+    first = record.started(WALL + 0.100)
+    again = first.started(WALL + 0.350)
+    back = again.started(WALL - 7200)
+    assert record.boot < first.boot < again.boot < back.boot
+    assert back.boot << BOOT_SHIFT < MAX_INCARNATION
+
+
+def test_who_is_let_in_again_remembers_what_it_followed() -> None:
+    """An expelled node came back with epoch nought, and would have followed what the mesh had left behind."""
+    mine = sign_grant(FOUNDER, mesh=FOUNDER.id, subject=GUEST.public, role="worker", wall=WALL)
+    joined = JoinResult(FOUNDER.id, "home", FOUNDER.public, (mine,), (), FOUNDER.id, "")
+    before = from_join(joined).started(WALL).at(7).without_us()
+    after = from_join(joined, before)
+    assert (after.epoch, after.boot, after.expelled) == (7, before.boot, False)
+    other = from_join(joined, Record("b" * 26, "other", FOUNDER.public, (), epoch=9, boot=5))
+    assert (other.epoch, other.boot) == (0, 0), "another mesh counts for itself"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -21,7 +22,9 @@ from mesh.proxy.events import (
     Fail,
     Loss,
     Lost,
+    Refused,
     Served,
+    Spoiled,
     Stopped,
     Tick,
     Unserved,
@@ -142,6 +145,22 @@ def test_a_request_that_kills_every_engine_ends_some_day() -> None:
     assert the_failure(core.handle(Unserved("crashed"), 3.5)) == (502, "engine_lost")
 
 
+@pytest.mark.parametrize("told_by", ["the drain", "the engine"])
+def test_planned_changes_are_not_held_against_a_request_that_outlasts_their_drains(told_by: str) -> None:
+    core = Core(Limits(max_losses=2))
+    core.handle(Arrived(1), 0.0)
+    for number in range(1, 7):
+        now = 20.0 * number
+        assert core.handle(Served(Epoch(number, "a" * 26), "tiny"), now)[-1] == Dispatch(
+            1, number, Epoch(number, "a" * 26)
+        )
+        core.handle(Unserved("a machine joins", drain_s=10), now + 1)
+        if told_by == "the engine":  # whichever clock is first
+            core.handle(Lost(1, number, Loss.BROKEN, "reset"), now + 10.9)
+        core.handle(Tick(), now + 11)
+    assert core.counters.held == 1 and core.counters.failed == 0
+
+
 def test_a_stream_cut_after_its_first_token_ends_in_an_error() -> None:
     core = serving()
     core.handle(Arrived(1, streams=True), 0.0)
@@ -158,6 +177,70 @@ def test_a_stream_whose_transcript_can_be_continued_waits_and_resumes() -> None:
     assert core.handle(Lost(1, 2, Loss.UNREACHED, "refused"), 5.0) == []
     (again,) = core.handle(Tick(), 5.05)
     assert again == Dispatch(1, 3, TWO, resume=True)
+
+
+def begun(core: Core, epoch: Epoch = ONE) -> Core:
+    core.handle(Arrived(1, streams=True), 0.0)
+    core.handle(Began(1, 1, resumable=True), 1.0)
+    return core
+
+
+def test_a_stream_whose_record_is_not_complete_any_more_ends_in_an_error() -> None:
+    core = begun(serving())
+    core.handle(Spoiled(1, 1), 1.5)
+    assert the_failure(core.handle(Lost(1, 1, Loss.BROKEN, "reset"), 2.0)) == (502, "stream_interrupted")
+
+
+def test_an_engine_that_will_not_continue_ends_the_stream() -> None:
+    core = begun(serving())
+    core.handle(Unserved("the host died"), 2.0)
+    core.handle(Served(TWO, "tiny"), 3.0)
+    assert the_failure(core.handle(Refused(1, 2, "an image"), 3.1)) == (502, "cannot_resume")
+    assert core.counters.failed == 1
+
+
+def test_a_stream_is_continued_by_the_very_model_it_began_with() -> None:
+    for name, fingerprint in [("tiny", "other"), ("small", "f")]:
+        core = Core()
+        core.handle(Served(ONE, "tiny", "f"), 0.0)
+        begun(core).handle(Unserved("the host died"), 2.0)
+        assert the_failure(core.handle(Served(TWO, name, fingerprint), 3.0)) == (502, "cannot_resume")
+    core = Core()
+    core.handle(Served(ONE, "tiny", "f"), 0.0)
+    begun(core).handle(Unserved("the host died"), 2.0)
+    assert core.handle(Served(TWO, "tiny", "f"), 3.0) == [Dispatch(1, 2, TWO, resume=True)]
+
+
+def test_a_stream_that_makes_progress_outlives_any_number_of_engines() -> None:
+    core = Core(Limits(max_losses=1))
+    core.handle(Served(ONE, "tiny"), 0.0)
+    begun(core)
+    for number in range(2, 10):
+        core.handle(Unserved("crashed"), float(number))
+        assert core.handle(Served(Epoch(number, "a" * 26), "tiny"), number + 0.5) == [
+            Dispatch(1, number, Epoch(number, "a" * 26), resume=True)
+        ]
+        core.handle(Began(1, number, resumable=True), number + 0.6)
+    core.handle(Completed(1, 9), 20.0)
+    assert (core.counters.completed, core.counters.resumed) == (1, 1)
+
+
+def test_a_stream_hears_of_us_while_an_engine_computes_again_what_it_has_said() -> None:
+    core = begun(serving())
+    core.handle(Unserved("the host died"), 2.0)
+    core.handle(Served(TWO, "tiny"), 3.0)
+    assert core.next_timer() == 4.0
+    assert core.handle(Tick(), 4.0) == [Comfort(1)]
+    assert core.next_timer() == 9.0
+    core.handle(Began(1, 2, resumable=True), 5.0)
+    assert core.next_timer() is None
+
+
+def test_a_stream_that_nothing_was_said_of_yet_is_the_engines_to_begin() -> None:
+    # A comment would be a promise of 200, and a wrong request ought to get its 400.
+    core = serving()
+    core.handle(Arrived(1, streams=True), 0.0)
+    assert core.next_timer() is None
 
 
 def test_answers_under_way_may_finish_when_a_change_is_planned() -> None:
@@ -231,7 +314,10 @@ class Shadow:
 
     attempt: int = 0
     under_way: bool = False
+    speaks: bool = False
+    """Something of this attempt has gone to the client."""
     begun: bool = False
+    resumable: bool = False
     epochs: list[Epoch] = field(default_factory=list)
 
 
@@ -258,8 +344,9 @@ class RequestsUnderChange(RuleBasedStateMachine):
                     assert shadow is not None and not shadow.under_way, "one upstream at a time"
                     assert effect.attempt == shadow.attempt + 1
                     assert effect.epoch == self.epoch, "only the layout that serves is asked"
-                    assert not shadow.begun, "an answer that was begun is never asked for from the start"
-                    shadow.attempt, shadow.under_way = effect.attempt, True
+                    assert effect.resume == shadow.begun, "an answer that was begun is never asked for from the start"
+                    assert not shadow.begun or shadow.resumable, "only what is recorded is continued"
+                    shadow.attempt, shadow.under_way, shadow.speaks = effect.attempt, True, False
                 case Abandon():
                     if shadow is not None:
                         shadow.under_way = False
@@ -306,13 +393,31 @@ class RequestsUnderChange(RuleBasedStateMachine):
         else:
             self.send(Lost(number, shadow.attempt - 1, loss, "late"))
 
-    @precondition(lambda self: any(s.under_way and not s.begun for s in self.requests.values()))
-    @rule(data=st.data())
-    def answer_begins(self, data: st.DataObject) -> None:
-        ready = [n for n, shadow in self.requests.items() if shadow.under_way and not shadow.begun]
+    @precondition(lambda self: any(s.under_way and not s.speaks for s in self.requests.values()))
+    @rule(data=st.data(), resumable=st.booleans())
+    def answer_begins(self, data: st.DataObject, resumable: bool) -> None:
+        ready = [n for n, shadow in self.requests.items() if shadow.under_way and not shadow.speaks]
         number = data.draw(st.sampled_from(ready))
-        self.requests[number].begun = True
-        self.send(Began(number, self.requests[number].attempt))
+        shadow = self.requests[number]
+        shadow.begun = shadow.speaks = True
+        shadow.resumable = resumable
+        self.send(Began(number, shadow.attempt, resumable))
+
+    @precondition(lambda self: any(s.under_way and s.speaks for s in self.requests.values()))
+    @rule(data=st.data())
+    def record_is_spoiled(self, data: st.DataObject) -> None:
+        ready = [n for n, shadow in self.requests.items() if shadow.under_way and shadow.speaks]
+        number = data.draw(st.sampled_from(ready))
+        self.requests[number].resumable = False
+        self.send(Spoiled(number, self.requests[number].attempt))
+
+    @precondition(lambda self: any(s.under_way and s.begun and not s.speaks for s in self.requests.values()))
+    @rule(data=st.data())
+    def continuation_is_refused(self, data: st.DataObject) -> None:
+        ready = [n for n, s in self.requests.items() if s.under_way and s.begun and not s.speaks]
+        number = data.draw(st.sampled_from(ready))
+        self.send(Refused(number, self.requests[number].attempt, "cannot"))
+        assert number in self.ended
 
     @precondition(lambda self: any(s.under_way for s in self.requests.values()))
     @rule(data=st.data())

@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mesh.errors import AdmissionError
-from mesh.proxy import guard, transcript
+from mesh.proxy import guard
 from mesh.proxy.control import check_control
 from mesh.proxy.dialect import Dialect
 from mesh.proxy.failure import not_serving, queue_full, stream_interrupted
 from mesh.proxy.http import _wish
 from mesh.proxy.naming import means
-from mesh.proxy.transcript import Transcript
-
-EVENTS = st.lists(
-    st.sampled_from([b"data: x\n\n", b": hi\n\n", b"data: y\r\n\r\n", b"event: a\ndata: b\n\n", b"data: cut"])
-)
-
-
-@given(EVENTS, st.lists(st.integers(0, 60)))
-def test_a_transcript_changes_no_byte_and_passes_only_whole_events(events: list[bytes], cuts: list[int]) -> None:
-    # However the bytes are cut into pieces, what is passed on plus what is kept is what came.
-    stream = b"".join(events)
-    edges = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
-    seen, passed = Transcript(), b""
-    for start, stop in itertools.pairwise(edges):
-        whole = seen.feed(stream[start:stop])
-        assert whole == b"" or whole.endswith((b"\n\n", b"\r\n\r\n"))
-        passed += whole
-    rest = seen.finish()
-    assert passed + rest == stream
-    assert b"\n\n" not in rest and b"\r\n\r\n" not in rest
-
-
-def test_comments_do_not_count_as_an_answer() -> None:
-    seen = Transcript()
-    assert seen.feed(b": ping\n\n") == b": ping\n\n"
-    assert seen.last == b""
-    seen.feed(b"data: 1\n\n:\n\n")
-    assert seen.last == b"data: 1"
-
-
-def test_an_endless_event_is_passed_on_rather_than_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transcript, "MAX_EVENT_BYTES", 10)
-    seen = Transcript()
-    assert seen.feed(b"data: 12") == b""
-    assert seen.feed(b"3456789") == b"data: 123456789"
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,34 @@ def test_the_newest_of_several_layouts_that_come_during_a_stop_is_the_one_that_s
     assert node.tell(Stopped()) == [StartRpcServer(THREE, layout_of("b", "a"))]
 
 
+HOST_STEPS: tuple[Event, ...] = (
+    Adopt(ONE, SPLIT), MemberReady(B, ONE), MemberReady(C, ONE), TunnelsOpen(ONE, ("127.0.0.1:1", "127.0.0.1:2")),
+    ProcessStarted(ONE, SERVER, 8080), LoadSeen(ONE, 1, 2), Answered(ONE),
+)  # fmt: skip
+WORKER_STEPS: tuple[Event, ...] = (Adopt(ONE, SPLIT), ProcessStarted(ONE, RPC, 5000), HostConnected(ONE))
+
+
+@pytest.mark.parametrize(
+    ("me", "steps"),
+    [(A, HOST_STEPS[:n]) for n in range(1, len(HOST_STEPS) + 1)]
+    + [(B, WORKER_STEPS[:n]) for n in range(1, len(WORKER_STEPS) + 1)],
+)
+def test_a_restart_may_come_at_any_step_and_come_again(me: str, steps: tuple[Event, ...]) -> None:
+    node = Node(me)
+    node.tell(*steps)
+    assert node.tell(Adopt(ONE, SPLIT)) == [], "what is followed already is followed already"
+    newer = layout_of(me[0])
+    assert node.tell(Adopt(TWO, newer)) == [StopEngine()]
+    assert node.tell(Adopt(TWO, newer)) == []
+    late = [event for event in HOST_STEPS + WORKER_STEPS if not isinstance(event, Adopt | MemberReady)]
+    assert node.tell(*late) == [], "what was begun has nothing more to say"
+    assert node.tell(Stopped()) == [StartLlamaServer(TWO, newer, ())]
+    assert node.tell(Adopt(TWO, newer)) == []
+    assert node.tell(Adopt(THREE, None)) == [StopEngine()], "and it may be called off"
+    assert node.tell(Stopped()) == []
+    assert node.core.state is State.IDLE
+
+
 def test_no_layout_means_stop_and_rest() -> None:
     node = serving()
     assert node.tell(Adopt(TWO, None)) == [StopEngine()]

@@ -1,0 +1,202 @@
+"""Streams through an ingress while real engines die: what arrives is what an engine that lived would have said.
+
+The engine's own tests cut answers between any two groups; here the bytes of its HTTP are cut, and processes killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh.engine.cache import Engine, find_engine
+from mesh.errors import TransportError
+from mesh.proxy import http
+from mesh.proxy.dialect import COMMENT
+from mesh.proxy.tcp import TcpStream, open_tcp
+from mesh.transport.lane import Stream
+from tests.eventually import eventually
+from tests.net.engine_kit import Process, serving, write_model
+from tests.net.proxy_ingress import KEY, Ingress, an_ingress
+from tests.net.push_kit import push_ring
+from tests.net.resume_kit import Group
+from tests.net.test_engine_resume import CASES, CONTEXT, LAYERS, TALK, TEMPLATE, Case
+
+pytestmark = pytest.mark.engine
+
+CUTS = 5
+"""Places at which each case is cut; a seed says where. Not at the very end: times are not always written as long."""
+LONG: dict[str, Any] = {"temperature": 1.0, "ignore_eos": True}
+DIALECTS = {
+    "/v1/chat/completions": TALK | LONG | {"max_tokens": 400, "stream_options": {"include_usage": True}},
+    "/v1/completions": LONG | {"prompt": "Once upon", "max_tokens": 400},
+    "/completion": LONG | {"prompt": "Once upon", "n_predict": 400},
+    "/v1/messages": TALK | LONG | {"max_tokens": 400},
+    "/v1/responses": LONG | {"input": "Tell me", "max_output_tokens": 400},
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    built = find_engine()
+    if built is None:
+        pytest.skip("the engine is not built: bin/mesh engine build")
+    return built
+
+
+@pytest.fixture(scope="module")
+def model(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "words.gguf"
+    write_model(path, engine, layers=LAYERS, context=CONTEXT, q8=True, template=TEMPLATE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests come out alike when they have the same name and seed."""
+    monkeypatch.setattr(http.secrets, "token_hex", lambda n: "ab" * n)
+    monkeypatch.setattr(http.secrets, "randbelow", lambda n: 7)
+
+
+@contextlib.asynccontextmanager
+async def server(engine: Engine, model: Path, *, parallel: int = 2) -> AsyncIterator[tuple[Process, int]]:
+    options = ("--no-repack", "--api-key", KEY)
+    async with push_ring(engine, model, [LAYERS], parallel=parallel, context=CONTEXT, options=options) as solo:
+        await serving(solo.host, solo.port)
+        yield solo.host, solo.port
+
+
+class Cut:
+    """A connection to an engine that is reset once it has brought ``after`` bytes."""
+
+    def __init__(self, stream: TcpStream, after: int | None) -> None:
+        self._stream = stream
+        self._after = after
+        self.brought = 0
+
+    @property
+    def closed(self) -> bool:
+        return self._stream.closed
+
+    async def read(self, limit: int = 65536) -> bytes:
+        if self._after is not None:
+            limit = min(limit, self._after - self.brought)
+            if not limit:
+                self._stream.abort()
+                raise TransportError("cut, as asked")
+        data = await self._stream.read(limit)
+        self.brought += len(data)
+        return data
+
+    async def read_exactly(self, n: int) -> bytes:
+        raise NotImplementedError
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.write(data)
+
+    async def write_eof(self) -> None:
+        await self._stream.write_eof()
+
+    def abort(self, code: int = 0) -> None:
+        self._stream.abort(code)
+
+
+class Cutting:
+    """Serves an ingress, cutting its first connection; those after it lead to the other engine."""
+
+    def __init__(self, ingress: Ingress, first: int, second: int) -> None:
+        self._ingress, self._ports = ingress, (first, second)
+        self._numbers = itertools.count(1)
+        self.streams: list[Cut] = []
+
+    def serve(self, after: int | None) -> None:
+        self.streams = streams = []
+
+        async def open_stream() -> Stream:
+            stream = await open_tcp("127.0.0.1", self._ports[bool(streams)])
+            streams.append(Cut(stream, None if streams else after))
+            return streams[-1]
+
+        self._ingress.serve_by(open_stream, next(self._numbers))
+
+
+def plain(block: str) -> str:
+    """Without times, and what was in a cache."""
+    return Group(0, (block,), (), False).plain[0]
+
+
+def told(answer: bytes) -> dict[Any, list[str]]:
+    """Blocks in order, by choice where there are several: choices take turns as they like. Times left out."""
+    assert not answer.count(b": mesh"), "a trace got through"
+    found = defaultdict(list)
+    for block in answer.decode().replace(COMMENT.decode(), "").split("\n\n"):
+        found[_choice(block)].append(plain(block))
+    return found
+
+
+def _choice(block: str) -> Any:
+    data = block.split("data: ", 1)[-1]
+    if not data.startswith("{"):
+        return None
+    value = json.loads(data)
+    choices = value.get("choices") or [value]
+    return choices[0].get("index")
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_an_answer_cut_anywhere_arrives_whole(engine: Engine, model: Path, name: str) -> None:
+    case: Case = CASES[name]
+    async with server(engine, model) as (_, first), server(engine, model) as (_, second), an_ingress() as ingress:
+        cutting = Cutting(ingress, first, second)
+        cutting.serve(None)
+        whole = told(await ingress.events(case.path, **case.body))
+        length = cutting.streams[0].brought
+        for cut in sorted(random.Random(name).sample(range(200, length * 19 // 20), CUTS)):
+            cutting.serve(cut)
+            assert told(await ingress.events(case.path, **case.body)) == whole, cut
+            assert len(cutting.streams) == 2, "it was not cut"
+        assert ingress.proxy.counters.resumed == CUTS and ingress.proxy.counters.failed == 0
+
+
+async def test_a_killed_engine_is_not_noticed_by_who_reads_the_stream(engine: Engine, model: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack, an_ingress() as ingress:
+        process, port = await stack.enter_async_context(server(engine, model))
+        number = 1
+        ingress.serve_tcp(port, number)
+        for path, body in DIALECTS.items():
+            whole = await ingress.events(path, **body)
+            asking = asyncio.create_task(ingress.events(path, **body))
+            before = ingress.tokens()
+            await eventually(lambda before=before: ingress.tokens() > before + 20, every=0.001)  # type: ignore[misc]
+            process.handle.kill()
+            await process.ended()
+            ingress.proxy.unserve("the host died")
+            process, port = await stack.enter_async_context(server(engine, model))
+            number += 1
+            ingress.serve_tcp(port, number)
+            assert told(await asking) == told(whole), path
+        counters = ingress.proxy.counters
+        assert (counters.completed, counters.resumed, counters.failed) == (10, 5, 0)
+
+
+@pytest.mark.parametrize("path", DIALECTS)
+async def test_an_answer_that_is_not_streamed_is_the_same_after_a_kill(engine: Engine, model: Path, path: str) -> None:
+    body = DIALECTS[path] | {"stream": False}
+    async with server(engine, model) as (process, port), server(engine, model) as (_, other), an_ingress() as ingress:
+        ingress.serve_tcp(other)
+        whole = await ingress.client.post(path, json=body)
+        ingress.serve_tcp(port, 2)
+        asking = asyncio.create_task(ingress.client.post(path, json=body))
+        await eventually(lambda: ingress.proxy.counters.active)
+        process.handle.kill()
+        await process.ended()
+        ingress.serve_tcp(other, 3)
+        assert plain("data: " + (await asking).text) == plain("data: " + whole.text)
