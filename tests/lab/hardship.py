@@ -133,17 +133,21 @@ class BoxedNode(MeshNode):
 
 @contextlib.contextmanager
 def to_every(node: MeshNode, name: str | None, do: Callable[[psutil.Process], None]) -> Iterator[list[int]]:
-    """Do something to every engine process (called ``name``) as soon as it is there; yields their ids."""
+    """Do something to every engine process (called ``name``) as soon as it is there; yields their ids.
+
+    Not to one that only says what devices there are, which every start asks first.
+    """
     met: list[int] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.002):
             for pid in node.engine_pids(name):
-                if pid not in met:
-                    met.append(pid)
-                    with contextlib.suppress(psutil.Error, OSError):
-                        do(psutil.Process(pid))
+                with contextlib.suppress(psutil.Error, OSError):
+                    process = psutil.Process(pid)
+                    if pid not in met and "--list-devices" not in process.cmdline():
+                        met.append(pid)
+                        do(process)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -107,6 +107,16 @@ def resumed_or_failed(node: MeshNode) -> int:
 # -- the disk --------------------------------------------------------------------------------------------------------
 
 
+def test_nothing_restarts_for_a_machine_that_carries_nothing(mesh: Mesh) -> None:
+    epoch = mesh.whole()
+    engines = [pid for node in mesh.nodes for pid in node.engine_pids()]
+    guest = mesh.guest(5, mesh.plain.invite(role="client"))
+    guest.wait_serving(30)
+    assert guest.stop() == 0
+    assert mesh.whole() == epoch
+    assert [pid for node in mesh.nodes for pid in node.engine_pids()] == engines
+
+
 def test_a_full_disk_costs_what_should_have_been_written_and_not_the_node(mesh: Mesh) -> None:
     before = mesh.whole()
     token = mesh.boxed.invite(role="client")
@@ -184,7 +194,7 @@ def test_a_machine_without_memory_is_left_out_and_the_reason_is_shown(mesh: Mesh
         assert poor.machine not in [member["name"] for member in status["layout"]["ring"]]
         why = peer(mesh.plain, poor.machine)["excluded"]
         assert "engine on boxed" in why and "held off for" in why, why
-        assert status["mesh"]["epoch"] - before <= 6, "it went round and round"
+        assert status["mesh"]["epoch"] - before <= 8, "it went round and round"
         assert ask(mesh.plain) == mesh.expected
 
 
@@ -225,14 +235,3 @@ def test_an_engine_that_will_not_run_ends_in_a_reason_and_a_change_ends_that(mes
         lone.wait_serving(30)
     finally:
         stop_all([lone])
-
-
-def test_nothing_restarts_for_a_machine_that_carries_nothing(mesh: Mesh) -> None:
-    everybody_may_carry(mesh)
-    epoch = mesh.whole()
-    engines = [pid for node in mesh.nodes for pid in node.engine_pids()]
-    guest = mesh.guest(5, mesh.plain.invite(role="client"))
-    guest.wait_serving(30)
-    assert guest.stop() == 0
-    assert mesh.whole() == epoch
-    assert [pid for node in mesh.nodes for pid in node.engine_pids()] == engines
