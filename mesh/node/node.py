@@ -258,6 +258,7 @@ class Node:
 
     def announce_departure(self) -> None:
         """This node is about to go: let the others plan without it."""
+        self._narrator.stopping()
         self._own.leaves()
         self._tell_facts()
 
