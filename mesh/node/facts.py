@@ -18,8 +18,8 @@ from mesh.errors import EngineError
 from mesh.node.prepare import LocalModel
 from mesh.wire.facts import Device, LinkFact, ModelCost, NodeFacts, NodeId
 
-LINKS_EVERY_S, LINKS_SOON_S = 30.0, 2.0
-"""How often the others are told of links at most: of changes, and of new ones."""
+LINKS_EVERY_S, LINKS_SHORTER_S, LINKS_SOON_S = 30.0, 5.0, 2.0
+"""How often the others are told of links at most: of longer, shorter, and new ones."""
 MAX_LINKS = 64
 DRIFT = 0.25
 """Share of a round trip by which it must have changed; and a millisecond."""
@@ -110,7 +110,10 @@ class OwnFacts:
         now = self._clock.now()
         # Who is there is told soon, how far away it is only when that has changed much.
         if before.keys() == {link.peer for link in links}:
-            if now < self._linked_at + LINKS_EVERY_S or not any(_drifted(before[link.peer], link) for link in links):
+            moved = [link for link in links if _drifted(before[link.peer], link)]
+            # The first figures of a link are those of machines that are busy starting: that it is shorter is told soon.
+            shorter = any(link.rtt_ms < before[link.peer].rtt_ms for link in moved)
+            if not moved or now < self._linked_at + (LINKS_SHORTER_S if shorter else LINKS_EVERY_S):
                 return False
         elif now < self._linked_at + LINKS_SOON_S:
             return False

@@ -135,7 +135,15 @@ def ways(members: Sequence[NodeFacts], me: NodeId, links: Iterable[LinkFact]) ->
         links: what this node itself measured; the members tell theirs with their facts.
     """
     own = {link.peer: link for link in links}
-    told = {(facts.id, link.peer): link for facts in members if facts.id != me for link in facts.links}
+    told: dict[Pair, LinkFact] = {}
+    for facts in sorted(members, key=lambda m: m.id):
+        for link in facts.links:
+            # Between others the shorter word counts: what is told may be old, and busy machines only err upwards.
+            back = told.get((link.peer, facts.id))
+            ours = facts.id == me or (link.peer == me and facts.id in own)
+            if not ours and (back is None or link.rtt_ms < back.rtt_ms):
+                told.pop((link.peer, facts.id), None)
+                told[facts.id, link.peer] = link
     told |= {(me, peer): link for peer, link in own.items()}
     trips = {pair: link.rtt_ms for pair, link in told.items()}
     for a, b in combinations(sorted(own), 2):

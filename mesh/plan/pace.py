@@ -23,8 +23,8 @@ from mesh.wire.facts import Device, ModelCost, NodeId, alone, weight_family
 
 UNKNOWN_RTT_MS = 50.0
 """Pessimistic: a link that nobody has measured should not win against one that somebody has."""
-MEMBER_MS = 1.0
-"""What a remote member costs beyond its hops."""
+MEMBER_MS = 0.5
+"""What a remote member costs beyond its hops, measured with a model that hardly computes (`demo` on two, docs)."""
 WORD_NS = 8.0
 """For each word of the vocabulary, to choose one of them: the engine's samplers on one core of 2020."""
 HOST_MS = 0.3

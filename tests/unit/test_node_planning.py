@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from mesh.election.events import NeedPlan
-from mesh.node.planning import Trial, answer_plan, tried
+from mesh.node.planning import Trial, answer_plan, tried, ways
 from mesh.wire.facts import LinkFact, NodeFacts
 from tests.unit.test_plan_search import GB, HOST, MB, WORKER, a_model, a_node, cpu, node_id
 
@@ -92,3 +92,17 @@ def test_a_model_that_is_tried_is_the_one_that_is_planned() -> None:
     assert planned.layout is not None
     assert planned.layout.model.name == "two"
     assert planned.layout.host == ME
+
+
+def test_what_members_tell_of_their_links_counts_between_others_and_our_own_word_for_ours() -> None:
+    a, b = node_id(2), node_id(3)
+    members = (
+        node(1),
+        node(2, links=(LinkFact(ME, 39.0), LinkFact(b, 3.0, 5e6))),
+        node(3, links=(LinkFact(a, 2.0, 6e6), LinkFact(ME, 9.0))),
+    )
+    known = ways(members, ME, (LinkFact(a, 10.0), LinkFact(b, 10.0)))
+    assert known.trips == {(ME, a): 10.0, (ME, b): 10.0, (b, a): 2.0}
+    assert known.rates == {(b, a): 6e6}
+    alone = ways((node(1), node(2), node(3)), ME, (LinkFact(a, 10.0), LinkFact(b, 10.0)))
+    assert alone.trips[a, b] == 20.0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mesh.plan.costs import Costs, usable_bytes
 from mesh.plan.divide import divide
 from mesh.plan.eligible import seats_of
-from mesh.plan.pace import compute_ms
+from mesh.plan.pace import MEMBER_MS, compute_ms
 from mesh.plan.ring import ring_ms, shortest_rings
 from mesh.plan.search import DEFAULT_CTX, DEFAULT_PARALLEL, SIMPLER, Planned, plan
 from mesh.wire.facts import Device, Layout, ModelCost, NodeFacts, NodeId
@@ -119,7 +119,7 @@ def test_the_ring_is_short() -> None:
     rtts = {(node_id(a), node_id(b)): 10.0 * abs(a - b) for a in range(4) for b in range(4) if a != b}
     layout = layout_of(*nodes, rtts=rtts, model=model)
     assert len(layout.ring) == 4
-    assert ring_ms([m.id for m in layout.ring], rtts) == pytest.approx(30 + 3)
+    assert ring_ms([m.id for m in layout.ring], rtts) == pytest.approx(30 + 3 * MEMBER_MS)
 
 
 def test_layers_go_to_the_fastest_first() -> None:
