@@ -5,27 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
-import msgspec
 
-from mesh.cli.output import print_json, print_layout, printable
-from mesh.cli.remote import call
+from mesh.cli.output import print_json
 from mesh.cli.view import make_view
-from mesh.clock import SystemClock
-from mesh.config import Settings, load_settings
-from mesh.election.events import NeedPlan
 from mesh.engine.cache import entry_dir, find_engine
 from mesh.engine.pin import SOURCE, engine_pin, patch_queue
-from mesh.errors import MeshError, StateError, UsageError
-from mesh.identity.key import NodeKey
-from mesh.models.inventory import Inventory
-from mesh.node.backend import build_for, prepare_engine
-from mesh.node.facts import OwnFacts
-from mesh.node.planning import answer_plan
-from mesh.node.prepare import LocalModel, measure, prepare_model
-from mesh.node.statedir import find_running
+from mesh.errors import StateError
+from mesh.node.backend import build_for
 
 _LOG_FILES = ("mesh.log", "llama-server.log", "rpc-server.log")
 
@@ -64,73 +52,6 @@ def engine_info(as_json: bool) -> None:
         click.echo(f"built for {name}: {path}")
     if not built:
         click.echo(f"not built yet; `mesh engine build` puts it in {entry_dir('cpu')}")
-
-
-def plan(state_dir: Path, as_json: bool, flags: dict[str, Any]) -> None:
-    """The plan of the running mesh, or over this machine alone."""
-    try:
-        running = find_running(state_dir)
-    except StateError:
-        answer = _plan_alone(load_settings(flags, None))
-    else:
-        answer = call(running, "plan", _trial(flags))
-    if as_json:
-        print_json(answer)
-    else:
-        _show_plan(answer)
-    if answer["layout"] is None:
-        raise SystemExit(1)
-
-
-def _trial(flags: dict[str, Any]) -> dict[str, Any]:
-    """What to try out on the running node."""
-    for name in ("backend", "gpu_layers"):
-        if name in flags:
-            raise UsageError(
-                f"--{name.replace('_', '-')} belongs to the node that runs, and cannot be tried out on it",
-                remedy="leave it out, or stop the node first: mesh down",
-            )
-    trial = dict(flags)
-    if "model" in trial:
-        trial["model"] = msgspec.to_builtins(_measured(trial["model"]).cost)
-    return trial
-
-
-def _measured(name: str) -> LocalModel:
-    view = make_view(plain=False, json_lines=False, stream=sys.stderr)
-    try:
-        return measure(Inventory().find(name), view)
-    finally:
-        view.close()
-
-
-def _plan_alone(settings: Settings) -> dict[str, Any]:
-    view = make_view(plain=False, json_lines=False, stream=sys.stderr)
-    try:
-        engine = prepare_engine(settings.backend, view)
-        model = prepare_model(settings, engine, view)
-    finally:
-        view.close()
-    if model is None:
-        raise MeshError("there is no model to plan for", remedy="mesh plan --model FILE|NAME   (see: mesh models list)")
-    me = NodeKey.generate().id
-    own = OwnFacts(settings, me, engine, (), model, SystemClock())
-    own.list_devices()
-    own.measure()
-    request = NeedPlan(0, (own.facts((model.cost,)),), None, {}, frozenset())
-    planned = answer_plan(request, me, {})
-    layout = None if planned.layout is None else msgspec.to_builtins(planned.layout)
-    return {"layout": layout, "reason": planned.reason, "excluded": planned.excluded}
-
-
-def _show_plan(answer: dict[str, Any]) -> None:
-    if answer["layout"] is not None:
-        layout = answer["layout"]
-        print_layout(layout, f"context {layout['ctx_size']} x {layout['parallel']}, ")
-    if answer["reason"]:
-        click.echo(f"\n{printable(answer['reason'])}")
-    for node, why in answer["excluded"].items():
-        click.echo(f"without {node[:8]}: {printable(why)}")
 
 
 def logs(state_dir: Path, follow: bool) -> None:

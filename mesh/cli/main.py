@@ -135,17 +135,34 @@ def status(state_dir: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @plan_options
+@click.option(
+    "--what-if",
+    multiple=True,
+    metavar="node=NAME,memory=SIZE,...",
+    help="With a machine one does not have yet; or another size of one that one has. Repeatable.",
+)
 @state_dir_option
 @json_option
-def plan(state_dir: Path | None, as_json: bool, **flags: Any) -> None:
-    """Show who would carry what, before anything starts.
+def plan(state_dir: Path | None, as_json: bool, what_if: tuple[str, ...], **flags: Any) -> None:
+    """Show who would carry what, how long a token takes, and why.
 
     With a running node: over the machines in its mesh, as if it had been started with these options. Without: over
-    this machine alone.
-    """
-    from mesh.cli import local_commands
+    this machine alone. Nothing is started or changed; exit 1 when the model fits nowhere.
 
-    local_commands.plan(_dir(state_dir), as_json, {name: value for name, value in flags.items() if value is not None})
+    \b
+    mesh plan                              what runs, and what it is made of
+    mesh plan --model qwen --ctx-size 32768
+    mesh plan --what-if node=attic,memory=16GB,speed=20GB/s,rtt=5ms
+                                           speed: how fast it reads weights (as fast as this machine);
+                                           rtt: the round trip to every other machine (1ms)
+
+    The time is compute (weights read, by the measured speed of each device), hops (half a round trip to each next
+    machine), bytes (an activation for each hop) and tunnels. A speed with a question mark is a guess.
+    """
+    from mesh.cli import plan as command
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    command.plan(_dir(state_dir), as_json, given, what_if)
 
 
 @cli.command()

@@ -15,6 +15,7 @@ import psutil
 
 from mesh.cli.output import print_json, print_layout, print_table, printable
 from mesh.cli.remote import call, get_status
+from mesh.config import format_size
 from mesh.errors import EngineError, StateError
 from mesh.identity.pairing import read_code
 from mesh.node.departure import SHOW_AFTER_S, waiting_line
@@ -60,6 +61,7 @@ def status(state_dir: Path, as_json: bool) -> None:
         ]  # fmt: skip
         click.echo()
         print_table(["peer", "role", "state", "path", "address", "rtt>", ""], rows)
+    _show_devices(call(running, "devices", {})["devices"])
     for asking in call(running, "requests", {})["requests"]:
         click.echo(
             f"\n{printable(asking['name'])} at {asking['host']} asks to be let in as a {asking['role']}; "
@@ -69,6 +71,18 @@ def status(state_dir: Path, as_json: bool) -> None:
         f"\nrequests: {requests['active']} active, {requests['held']} held, {requests['completed']} completed, "
         f"{requests['resumed']} resumed, {requests['failed']} failed"
     )
+
+
+def _show_devices(devices: list[dict[str, Any]]) -> None:
+    if not devices:
+        return  # a lite client's
+    click.echo("\nthis machine")
+    for device in devices:
+        speeds = ", ".join(f"{speed / 1e9:.3g} GB/s {weights}" for weights, speed in device["speeds"].items())
+        click.echo(
+            f"  {device['name']}  {format_size(device['free_bytes'])} free of {format_size(device['total_bytes'])}, "
+            f"{speeds or 'its speed is not measured yet'}"
+        )
 
 
 def approve(state_dir: Path, code: str, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from mesh.membership.rights import may_open, may_say
 from mesh.membership.ways import Ways
 from mesh.transport.lane import Connection, Lane, Stream
 from mesh.transport.tcp import TcpLane
-from mesh.wire.facts import NodeFacts, NodeId
+from mesh.wire.facts import LinkFact, NodeFacts, NodeId
 from mesh.wire.messages import (
     Approve,
     Approved,
@@ -132,6 +132,11 @@ class Links:
     def peers(self) -> Mapping[NodeId, Link]:
         """Members connected now."""
         return self._links
+
+    def measured(self) -> tuple[LinkFact, ...]:
+        """What is known of the ways to those peers, by id."""
+        found = (self._bulk.measured(link) for _, link in sorted(self.peers().items()))
+        return tuple(fact for fact in found if fact is not None)
 
     def link(self, peer: NodeId) -> Link | None:
         return self._links.get(peer)

@@ -15,6 +15,7 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from mesh.errors import ModelError
 from mesh.models.header import DAMAGED, Header, Tensor, Value, read_header
+from mesh.models.memory import Keys, LayerMemory, weigh_layers, widest_feed
 from mesh.wire.facts import ModelCost
 
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
@@ -44,7 +45,8 @@ class ModelFile:
         layer_bytes: weights of each transformer layer.
         input_bytes: token embedding and all else that belongs to no layer and not to the output.
         output_bytes: output norm and head; a tied embedding counts here again, since it is read here again.
-        kv_bytes_per_token: f16 K and V of one token, for each layer.
+        layers: what each layer asks of memory besides its weights.
+        weights: the type that most bytes of the layers have.
         n_ff: the widest feed-forward row of one token, all its experts together; 0 when unknown.
     """
 
@@ -62,9 +64,15 @@ class ModelFile:
     layer_bytes: tuple[int, ...]
     input_bytes: int
     output_bytes: int
-    kv_bytes_per_token: tuple[int, ...]
+    layers: tuple[LayerMemory, ...]
     n_ff: int = 0
+    weights: str = ""
     demo_version: int = 0
+
+    @property
+    def kv_bytes_per_token(self) -> tuple[int, ...]:
+        """f16 K and V of one token, for each layer."""
+        return tuple(layer.kv_bytes for layer in self.layers)
 
     def cost(self, fingerprint: str) -> ModelCost:
         """The facts that other nodes need, with the fingerprint that :mod:`mesh.models.fingerprint` computes."""
@@ -82,6 +90,13 @@ class ModelFile:
             output_bytes=self.output_bytes,
             kv_bytes_per_token=self.kv_bytes_per_token,
             n_ff=self.n_ff,
+            windows=tuple(layer.window for layer in self.layers),
+            state_bytes=tuple(layer.state_bytes for layer in self.layers),
+            read_bytes=tuple(layer.read_bytes for layer in self.layers),
+            attention_row=max(layer.attention_row for layer in self.layers),
+            state_row=max(layer.state_row for layer in self.layers),
+            feed_row=max(layer.feed_row for layer in self.layers),
+            weights=self.weights,
             demo_version=self.demo_version,
         )
 
@@ -160,10 +175,11 @@ def _weigh(headers: Sequence[Header]) -> ModelFile:
     tensors = [t for h in headers for t in h.tensors]
     if len({t.name for t in tensors}) != len(tensors):
         raise ModelError(f"two shards of {path} hold the same tensor: they are of different sets", remedy=DAMAGED)
-    keys = _Keys(path, architecture, metadata)
-    n_layers = keys.required("block_count", 1, 1024)
-    n_embd = keys.required("embedding_length", 1, 1 << 20)
+    keys = Keys(architecture, metadata)
+    n_layers = _required(path, keys, "block_count", 1, 1024)
+    n_embd = _required(path, keys, "embedding_length", 1, 1 << 20)
     layers, ends = _layers(path, tensors, n_layers)
+    memory = weigh_layers(keys, layers, n_embd)
     embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
     if embedding is None:
         raise ModelError(f"{path} has no token embedding: it is not a whole language model", remedy=DAMAGED)
@@ -181,12 +197,13 @@ def _weigh(headers: Sequence[Header]) -> ModelFile:
         n_layers=n_layers,
         n_embd=n_embd,
         n_vocab=embedding.shape[-1],
-        n_ctx_train=keys.required("context_length", 1, 1 << 31),
-        layer_bytes=tuple(layers),
+        n_ctx_train=_required(path, keys, "context_length", 1, 1 << 31),
+        layer_bytes=tuple(sum(t.n_bytes for t in layer) for layer in layers),
         input_bytes=sum(t.n_bytes for t in ends if not _OUTPUT.match(t.name)),
         output_bytes=outputs + (embedding.n_bytes if tied else 0),
-        kv_bytes_per_token=keys.kv_bytes_per_token(n_layers, n_embd),
-        n_ff=keys.n_ff(n_layers),
+        layers=memory,
+        n_ff=widest_feed(keys, n_layers),
+        weights=_main_type([t for layer in layers for t in layer])[:16],
         demo_version=demo if isinstance(demo, int) else 0,
     )
 
@@ -206,16 +223,16 @@ def _architecture(header: Header) -> str:
     return architecture
 
 
-def _layers(path: Path, tensors: Sequence[Tensor], n_layers: int) -> tuple[list[int], list[Tensor]]:
-    """Bytes of each layer, and the tensors that belong to none."""
-    layers = [0] * n_layers
+def _layers(path: Path, tensors: Sequence[Tensor], n_layers: int) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The tensors of each layer, and those that belong to none."""
+    layers: list[list[Tensor]] = [[] for _ in range(n_layers)]
     ends: list[Tensor] = []
     for tensor in tensors:
         match = _LAYER.match(tensor.name)
         if match is None:
             ends.append(tensor)
         elif int(match[1]) < n_layers:
-            layers[int(match[1])] += tensor.n_bytes
+            layers[int(match[1])].append(tensor)
         else:
             raise ModelError(
                 f"{path} is damaged: it has {n_layers} layers and a tensor {tensor.name!r}", remedy=DAMAGED
@@ -227,60 +244,17 @@ def _layers(path: Path, tensors: Sequence[Tensor], n_layers: int) -> tuple[list[
     return layers, ends
 
 
-class _Keys:
-    """The ``<architecture>.*`` settings."""
-
-    def __init__(self, path: Path, architecture: str, metadata: Mapping[str, Value]) -> None:
-        self.path = path
-        self.architecture = architecture
-        self.metadata = metadata
-
-    def required(self, key: str, low: int, high: int) -> int:
-        name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name)
-        if value is None:
-            raise ModelError(
-                f"{self.path} lacks the setting {name}: this mesh does not know how large it is",
-                remedy="take a file made by a current converter; adapters and projectors are not models",
-            )
-        if not isinstance(value, int) or not low <= value <= high:
-            raise ModelError(f"{self.path} is damaged: {name} is {value!r}", remedy=DAMAGED)
-        return value
-
-    def kv_bytes_per_token(self, n_layers: int, n_embd: int) -> tuple[int, ...]:
-        """f16 K and V of one token in each layer.
-
-        Sliding-window, shared and recurrent layers count in full: an upper bound. With MLA the engine stores one latent
-        per token in K and no V (``llama-kv-cache.cpp``).
-        """
-        heads = self._per_layer("attention.head_count", n_layers, 0)
-        kv_heads = self._per_layer("attention.head_count_kv", n_layers, None) or heads
-        most = max(heads, default=0)
-        head = n_embd // most if most else 0
-        k = max(self._int("attention.key_length", head), self._int("attention.key_length_swa", 0))
-        v = max(self._int("attention.value_length", head), self._int("attention.value_length_swa", 0))
-        if self._int("attention.key_length_mla", 0):
-            v = 0
-        return tuple(2 * n * (k + v) for n in kv_heads)
-
-    def n_ff(self, n_layers: int) -> int:
-        dense = max(self._per_layer("feed_forward_length", n_layers, 0), default=0)
-        experts = self._int("expert_feed_forward_length", 0) * self._int("expert_used_count", 0)
-        shared = self._int("expert_shared_feed_forward_length", 0)
-        return max(dense, experts + shared)
-
-    def _int(self, key: str, default: int) -> int:
-        value = self.metadata.get(f"{self.architecture}.{key}", default)
-        return value if isinstance(value, int) and 0 <= value <= 1 << 20 else default
-
-    def _per_layer(self, key: str, n_layers: int, default: int | None) -> tuple[int, ...]:
-        value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, tuple) and all(isinstance(n, int) and 0 <= n <= 1 << 20 for n in value):
-            padded = tuple(int(n) for n in value[:n_layers])
-            return padded + (max(padded, default=0),) * (n_layers - len(padded))
-        if isinstance(value, int) and 0 <= value <= 1 << 20:
-            return (value,) * n_layers
-        return ()
+def _required(path: Path, keys: Keys, key: str, low: int, high: int) -> int:
+    name = f"{keys.architecture}.{key}"
+    value = keys.metadata.get(name)
+    if value is None:
+        raise ModelError(
+            f"{path} lacks the setting {name}: this mesh does not know how large it is",
+            remedy="take a file made by a current converter; adapters and projectors are not models",
+        )
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ModelError(f"{path} is damaged: {name} is {value!r}", remedy=DAMAGED)
+    return value
 
 
 def _quantisation(metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> str:
@@ -291,6 +265,10 @@ def _quantisation(metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> s
             return LlamaFileType(kind & 1023).name.removeprefix("MOSTLY_").removeprefix("ALL_")
         except ValueError:
             pass
+    return _main_type(tensors)
+
+
+def _main_type(tensors: Sequence[Tensor]) -> str:
     weight: Counter[int] = Counter()
     for tensor in tensors:
         weight[tensor.type] += tensor.n_bytes

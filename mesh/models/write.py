@@ -65,8 +65,13 @@ def copied(header: Header, keep: Callable[[str], bool]) -> list[bytes]:
         return entries
 
 
-def write_gguf(path: Path, entries: Sequence[bytes], tensors: Sequence[NewTensor], progress: Progress) -> None:
+def write_gguf(
+    path: Path, entries: Sequence[bytes], tensors: Sequence[NewTensor], progress: Progress, *, durable: bool = True
+) -> None:
     """Write one file, whole or not at all.
+
+    Args:
+        durable: wait until the disk has it; not worth it for what is thrown away in a moment.
 
     Raises:
         ModelError: the disk is full, or the place may not be written.
@@ -76,7 +81,7 @@ def write_gguf(path: Path, entries: Sequence[bytes], tensors: Sequence[NewTensor
         dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
         infos.append(_string(tensor.name) + dims + struct.pack("<IQ", tensor.type, offset))
         offset += _padded(tensor.n_bytes)
-    with atomic(path) as file:
+    with atomic(path, durable=durable) as file:
         head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join(entries) + b"".join(infos)
         file.write(head + bytes(_padded(len(head)) - len(head)))
         done, total = 0, sum(t.n_bytes for t in tensors)
@@ -92,7 +97,7 @@ def write_gguf(path: Path, entries: Sequence[bytes], tensors: Sequence[NewTensor
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file that appears under its name only when all of it is on the disk.
 
     Raises:
@@ -104,7 +109,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         with part.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         raise ModelError(

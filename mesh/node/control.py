@@ -16,6 +16,7 @@ from mesh.identity.pairing import read_code
 from mesh.node.checkup import checkup
 from mesh.node.node import Node
 from mesh.node.planning import Trial
+from mesh.node.status import describe_device
 from mesh.wire.facts import Role
 
 DEFAULT_EXPIRY_S = 3600.0
@@ -52,6 +53,7 @@ class Control:
             "requests": self._requests,
             "revoke": self._revoke,
             "plan": self._plan,
+            "devices": lambda _: {"devices": [describe_device(device) for device in node.facts.devices]},
             "down": lambda _: self._end(leave=False),
             "leave": lambda _: self._end(leave=True),
         }
@@ -143,11 +145,10 @@ class Control:
             trial = msgspec.convert(args, Trial)
         except msgspec.ValidationError as error:
             raise UsageError(f"plan: {error}") from error
-        planned = self._node.plan_now(trial)
-        if planned.layout is None and not planned.reason:
+        answer = self._node.plan_now(trial)
+        if answer["layout"] is None and not answer["reason"]:
             raise PlanError("there is no model to plan for", remedy="mesh up --model FILE")
-        layout = None if planned.layout is None else msgspec.to_builtins(planned.layout)
-        return {"layout": layout, "reason": planned.reason, "excluded": planned.excluded}
+        return answer
 
     def _end(self, *, leave: bool) -> dict[str, Any]:
         # After the answer is on its way: the server that carries it stops too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import msgspec
 
@@ -12,13 +13,21 @@ from mesh.config import Settings
 from mesh.engine.cache import Engine
 from mesh.engine.devices import list_devices, usable
 from mesh.engine.pin import engine_pin
+from mesh.engine.speed import Measured
 from mesh.errors import EngineError
 from mesh.node.prepare import LocalModel
-from mesh.wire.facts import Device, ModelCost, NodeFacts, NodeId
+from mesh.wire.facts import Device, LinkFact, ModelCost, NodeFacts, NodeId
 
+LINKS_EVERY_S, LINKS_SOON_S = 30.0, 2.0
+"""How often the others are told of links at most: of changes, and of new ones."""
+MAX_LINKS = 64
+DRIFT = 0.25
+"""Share of a round trip by which it must have changed; and a millisecond."""
 log = logging.getLogger(__name__)
 NOTABLE = 0.05
 """Share of free memory that must come or go before the others are told: it moves all the time."""
+
+_UNKNOWN = Measured()
 
 
 class OwnFacts:
@@ -37,6 +46,9 @@ class OwnFacts:
     ) -> None:
         self._clock = clock
         self._devices: tuple[Device, ...] = ()
+        self._speeds: dict[str, Measured] = {}
+        self._linked_at = -math.inf
+        self._battery = False
         self._listed: tuple[Device, ...] = ()
         self._engine = engine
         self._uses_gpu = settings.gpu_layers != 0
@@ -77,11 +89,33 @@ class OwnFacts:
         """Look at the devices again. Returns whether something changed that others should know."""
         if not self._backend:
             return False
+        plugged = self._battery
+        self._battery = hardware.power().on_battery is True
         listed = self._listed if self._uses_gpu else ()
         found = usable(listed, hardware.devices(), self._backend)
         if not _differ(self._devices, found):
-            return False
+            return self._battery != plugged
         self._devices = found
+        return True
+
+    def paced(self, device: str, found: Measured) -> bool:
+        """Take in how fast a device is. Returns whether that is news."""
+        news = self._speeds.get(device) != found
+        self._speeds[device] = found
+        return news
+
+    def linked(self, links: tuple[LinkFact, ...]) -> bool:
+        """Take in what was measured of the links. Returns whether the others should know: rarely."""
+        before = {link.peer: link for link in self._facts.links}
+        now = self._clock.now()
+        # Who is there is told soon, how far away it is only when that has changed much.
+        if before.keys() == {link.peer for link in links}:
+            if now < self._linked_at + LINKS_EVERY_S or not any(_drifted(before[link.peer], link) for link in links):
+                return False
+        elif now < self._linked_at + LINKS_SOON_S:
+            return False
+        self._linked_at = now
+        self._renew(links=links[:MAX_LINKS])
         return True
 
     def computes_on(self, device: str) -> None:
@@ -99,13 +133,20 @@ class OwnFacts:
 
     def facts(self, models: tuple[ModelCost, ...]) -> NodeFacts:
         """The facts as they are now."""
-        if models != self._facts.models or self._devices != self._facts.devices:
-            self._renew(models=models, devices=self._devices)
+        devices = tuple(self._speeds.get(device.name, _UNKNOWN).on(device) for device in self._devices)
+        if (models, devices, self._battery) != (self._facts.models, self._facts.devices, self._facts.battery):
+            self._renew(models=models, devices=devices, battery=self._battery)
         return self._facts
 
     def _renew(self, **changes: object) -> None:
         version = max(self._facts.version + 1, int(self._clock.wall() * 1000))
         self._facts = msgspec.structs.replace(self._facts, version=version, **changes)
+
+
+def _drifted(before: LinkFact, after: LinkFact) -> bool:
+    far = abs(after.rtt_ms - before.rtt_ms) > max(DRIFT * before.rtt_ms, 1.0)
+    known = bool(before.bytes_per_second) == bool(after.bytes_per_second)
+    return far or not known or after.bytes_per_second < before.bytes_per_second / 2
 
 
 def _differ(before: tuple[Device, ...], after: tuple[Device, ...]) -> bool:

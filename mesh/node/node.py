@@ -22,6 +22,7 @@ from mesh.election.coordinate import Timing
 from mesh.election.core import Election
 from mesh.engine.cache import Engine
 from mesh.engine.placement import Placement
+from mesh.engine.speed import Measured
 from mesh.identity.invite import InviteBook
 from mesh.identity.key import NodeKey
 from mesh.membership.core import BOOT_SHIFT, Membership
@@ -30,7 +31,8 @@ from mesh.membership.links import Callbacks, Links
 from mesh.node.equipment import Equipment
 from mesh.node.facts import OwnFacts
 from mesh.node.narrator import Narrator
-from mesh.node.planning import Trial, answer_plan, tried
+from mesh.node.pacing import Pacing
+from mesh.node.planning import Trial, answer_plan, describe_plan, tried
 from mesh.node.prepare import LocalModel
 from mesh.node.record import Ledger, Record
 from mesh.node.shelf import Shelf
@@ -67,6 +69,8 @@ from mesh.wire.messages import (
 
 log = logging.getLogger(__name__)
 
+LINKS_S = 1.0
+"""How often the ways to the others are looked at."""
 REFRESH_S = 10.0
 RELIST_S = 60.0
 """Between two times that an idle node's engine is asked for its devices: it is a process, and starts a driver."""
@@ -107,6 +111,8 @@ class Node:
         self._shelf = Shelf(model, engine, view, self._tell_facts)
         self.whereabouts = Whereabouts(settings, endpoint, bound, clock, self._moved)
         self._own = OwnFacts(settings, key.id, engine, self.whereabouts.addresses, model, clock, tcp=tcp.listening)
+        wanted = "" if model is None else model.cost.weights
+        self._pacing = None if engine is None else Pacing(engine, wanted, self._paced, clock.wall)
         self._narrator = Narrator(view, key.id, record.name, lambda: self._membership.view(), clock.now)
         self._narrator.approve = command_for(settings.state_dir, "approve CODE")
         self._membership = Membership(self.facts, self.record.boot << BOOT_SHIFT)
@@ -205,13 +211,13 @@ class Node:
         """What Prometheus is told of the mesh, besides requests."""
         return gauges_in(self.status(), self._starts)
 
-    def plan_now(self, trial: Trial) -> election.Planned:
-        """What would be planned over the members of this moment; nothing is carried out."""
+    def plan_now(self, trial: Trial) -> dict[str, Any]:
+        """What would be planned over the members of this moment, and why; nothing is carried out."""
         seen = self._membership.view()
         # A layout that runs is kept when another is hardly better; one that is tried out has no such rights.
         current = self._election.status().layout if trial == Trial() else None
         request = election.NeedPlan(0, tried(seen.facts, self.key.id, trial), current, {}, seen.cuts)
-        return answer_plan(request, self.key.id, self._round_trips())
+        return describe_plan(request, self.key.id, self.links.measured())
 
     def find_member(self, name_or_id: str) -> NodeFacts | None:
         """A member by its id, the beginning of it, or its name when only one bears it."""
@@ -232,11 +238,15 @@ class Node:
         self._narrator.swept(len(swept))
         await asyncio.to_thread(self._own.list_devices)
         self._own.measure()
+        if self._pacing is not None:
+            self._pacing.recall()
+            self._spawn(self._pacing.measure())
         self._members.feed(membership.FactsChanged(self.facts))
         self._electing.feed(election.ViewChanged(self._membership.view()))
         self.links.start()
         self.whereabouts.start()
         self._spawn(self._refresh())
+        self._spawn(self._watch_links())
 
     @property
     def drain_s(self) -> float:
@@ -338,7 +348,7 @@ class Node:
             case membership.Broadcast(message):
                 self.links.broadcast(message)
             case election.NeedPlan():
-                self._electing.feed(answer_plan(effect, self.key.id, self._round_trips()))
+                self._electing.feed(answer_plan(effect, self.key.id, self.links.measured()))
             case election.Remember(number):
                 self.record = self.record.at(number)
                 self._ledger.write(self.record)
@@ -463,8 +473,16 @@ class Node:
             if self._runner.state is State.IDLE and self._own.measure():
                 self._tell_facts()
 
-    def _round_trips(self) -> dict[NodeId, float]:
-        return {peer: link.rtt_ms for peer, link in self.links.peers().items() if link.rtt_ms is not None}
+    async def _watch_links(self) -> None:
+        """Tell the others how far this node is from each of them, so that whoever plans knows."""
+        while True:
+            await asyncio.sleep(LINKS_S)
+            if self._own.linked(self.links.measured()):
+                self._tell_facts()
+
+    def _paced(self, device: str, found: Measured) -> None:
+        if self._own.paced(device, found):
+            self._tell_facts()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(work)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mesh.election.events import Status as Election
 from mesh.membership.view import Member, View
 from mesh.proxy.metrics import NodeGauges, Peer
-from mesh.wire.facts import Layout, NodeFacts, NodeId, RingMember
+from mesh.wire.facts import Device, Layout, NodeFacts, NodeId, RingMember
 
 
 class Link(Protocol):
@@ -107,6 +107,22 @@ def memory_bytes(facts: NodeFacts) -> int:
     """What a node offers: free memory of its devices, within the bound its owner set."""
     free = sum(device.free_bytes for device in facts.devices)
     return min(free, facts.budget_bytes) if facts.budget_bytes else free
+
+
+def describe_device(device: Device) -> dict[str, Any]:
+    """A device, for people and scripts.
+
+    ``speeds`` are bytes per second by type of weights; empty as long as nobody has measured them.
+    """
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        "description": device.description,
+        "total_bytes": device.total_bytes,
+        "free_bytes": device.free_bytes,
+        "speeds": {speed.weights: speed.bytes_per_second for speed in device.speeds},
+        "layer_us": device.layer_us,
+    }
 
 
 def _layout(layout: Layout, members: Mapping[NodeId, NodeFacts]) -> dict[str, Any]:

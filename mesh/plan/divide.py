@@ -21,7 +21,7 @@ def divide(order: Sequence[Seat], costs: Costs, *, spread: bool) -> list[tuple[i
     Args:
         spread: give to each by its speed, a layer or more to the host too, even if fewer machines would be faster.
     """
-    n, weights, needs = costs.n_layers, costs.weights, costs.needs
+    n, reads, needs = costs.n_layers, costs.reads, costs.needs
     rooms = [seat.usable - costs.fixed(host=i == 0, device=seat.device.kind) for i, seat in enumerate(order)]
     if min(rooms) < 0:
         return None
@@ -31,7 +31,8 @@ def divide(order: Sequence[Seat], costs: Costs, *, spread: bool) -> list[tuple[i
     for index, (seat, room) in enumerate(zip(order, rooms, strict=True)):
         fewest = 0 if index == 0 and not spread else 1
         # Written out, not called: these loops are nearly all of a plan's time.
-        per_byte, even = 1000 / seat.speed, 0.0 if spread else BALANCE_MS / max(seat.usable, 1) ** 2
+        per_byte, per_layer = 1000 / seat.pace.bytes_per_second, seat.pace.layer_ms
+        even = 0.0 if spread else BALANCE_MS / max(seat.usable, 1) ** 2
         behind = needs[n] - sum(rooms[index + 1 :])
         after = [math.inf] * (n + 1)
         choice = [-1] * (n + 1)
@@ -42,10 +43,10 @@ def divide(order: Sequence[Seat], costs: Costs, *, spread: bool) -> list[tuple[i
             # Fewer than that, and the members behind could not carry the rest.
             enough = max(first + fewest, bisect_left(needs, behind))
             for end in range(enough, most + 1):
-                read = weights[end] - weights[first]
+                took = (reads[end] - reads[first]) * per_byte + (end - first) * per_layer
                 held = needs[end] - needs[first]
                 # Sharing out: a sum of squares over speeds is least when shares are as the speeds.
-                cost = cost_before + read * per_byte * (read if spread else 1) + even * held * held
+                cost = cost_before + took * (reads[end] - reads[first] if spread else 1) + even * held * held
                 if cost < after[end]:
                     after[end], choice[end] = cost, first
         least = after

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mesh.config import format_size
-from mesh.plan.costs import Costs, speed, usable_bytes
+from mesh.plan.costs import Costs, usable_bytes
+from mesh.plan.pace import Pace, pace
 from mesh.wire.facts import Device, Layout, ModelCost, NodeFacts, NodeId
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A node with the one device it would use. ``usable`` in bytes, ``speed`` in bytes per second."""
+    """A node with the one device it would use. ``usable`` in bytes."""
 
     node: NodeFacts
     device: Device
     usable: int
-    speed: float
+    pace: Pace
+    alone: Pace
+    """Where it serves alone."""
 
     @property
     def id(self) -> NodeId:
@@ -64,19 +67,19 @@ def _mesh_pin(able: Sequence[NodeFacts], current: Layout | None) -> str:
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def seats_of(node: NodeFacts) -> list[Seat]:
+def seats_of(node: NodeFacts, model: ModelCost) -> list[Seat]:
     """The devices that the node's engine can use, fastest first."""
     seats = [
-        Seat(node, device, usable_bytes(node, device), speed(device))
+        Seat(node, device, usable_bytes(node, device), pace(device, model), pace(device, model, solo=True))
         for device in node.devices
         if device.kind in ("cpu", node.backend)
     ]
-    return sorted(seats, key=lambda s: (-s.speed, -s.usable, s.device.name))
+    return sorted(seats, key=lambda s: (-s.pace.bytes_per_second, -s.usable, s.device.name))
 
 
 def too_small(node: NodeFacts, costs: Costs) -> str | None:
     """Why a node adds nothing, or None: it cannot hold even the model's smallest layer on any device."""
-    seats = seats_of(node)
+    seats = seats_of(node, costs.model)
     if not seats:
         return f"has no device that its engine ({node.backend}) can use"
     need = costs.fixed(host=False) + min(costs.each)

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mesh.config import format_size
-from mesh.plan.costs import Costs, Rtts, rtt
+from mesh.plan.costs import Costs
 from mesh.plan.eligible import Seat, seats_of
+from mesh.plan.pace import Rtts, rtt
 from mesh.plan.ring import MAX_RING
 from mesh.wire.facts import ModelCost, NodeFacts
 
 
-def why(seats: Sequence[Seat], costs: Costs, split: str) -> str:
+def why(seats: Sequence[Seat], costs: Costs, split: str, *, alone_ms: float | None = None) -> str:
+    """Why this layout.
+
+    Args:
+        alone_ms: what the best machine alone would take for a token; None: none holds the model.
+    """
     host = seats[0].node.name
     if len(seats) == 1:
         alone = "; --split always finds no second machine that could carry a layer" if split == "always" else ""
@@ -19,21 +25,33 @@ def why(seats: Sequence[Seat], costs: Costs, split: str) -> str:
     names = ", ".join(s.node.name for s in seats[1:])
     if split == "always":
         return f"{host} hosts and shares with {names}, as --split always asks"
+    if alone_ms is not None:
+        return f"{host} shares with {names}: one machine alone would take {alone_ms:.0f} ms/token"
     alone_bytes = costs.fixed(host=True) + costs.needs[-1]
     return (
         f"no machine alone has the {format_size(alone_bytes)} that {costs.model.name} needs: {host} shares with {names}"
     )
 
 
-def not_needed(seats: Sequence[Seat], model: ModelCost, rtt_ms: Rtts, node: NodeFacts) -> str:
+def left_out(
+    seats: Sequence[Seat], model: ModelCost, rtt_ms: Rtts, node: NodeFacts, ms: float, with_it: float | None
+) -> str:
+    """Why ``node`` is not in a ring that takes ``ms``; ``with_it``: what the ring would take with it."""
     nearest = min(rtt(rtt_ms, node.id, s.id) for s in seats)
+    if node.battery:
+        return f"runs on battery: it carries layers only where others cannot; {model.name} fits without it"
+    if with_it is not None and with_it > ms:
+        return (
+            f"would slow this mesh: {with_it:.0f} ms/token with it, {ms:.0f} without; {model.name} fits without it, "
+            f"and it is {nearest:.0f} ms away"
+        )
     return f"is not needed: {model.name} fits without it, and it is {nearest:.0f} ms from the ring"
 
 
 def shortage(able: Sequence[NodeFacts], costs: Costs, split: str) -> str:
     """How much is missing, and where."""
     seats = sorted(
-        (max(options, key=lambda s: s.usable) for node in able if (options := seats_of(node))),
+        (max(options, key=lambda s: s.usable) for node in able if (options := seats_of(node, costs.model))),
         key=lambda s: (-s.usable, s.id),
     )
     most = f", {MAX_RING} machines at most" if len(seats) > MAX_RING else ""

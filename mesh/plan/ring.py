@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise, permutations
 
-from mesh.plan.costs import MEMBER_MS, Rtts, rtt
+from mesh.plan.pace import MEMBER_MS, Rtts, rtt
 from mesh.wire.facts import NodeId
 
 EXACT = 8
@@ -61,22 +61,3 @@ def shortest_rings(host: NodeId, others: Sequence[NodeId], rtt_ms: Rtts) -> dict
                 1
             ]
     return best
-
-
-def short_ring(host: NodeId, others: Sequence[NodeId], rtt_ms: Rtts) -> tuple[NodeId, ...]:
-    """A short order of many: always to the nearest one next, then uncrossed (2-opt)."""
-    left, at, order = sorted(others), host, []
-    while left:
-        at = min(left, key=lambda n: (rtt(rtt_ms, at, n), n))
-        left.remove(at)
-        order.append(at)
-    improved = True
-    while improved:
-        improved = False
-        length = ring_ms((host, *order), rtt_ms)
-        for i, j in combinations(range(len(order) + 1), 2):
-            turned = [*order[:i], *reversed(order[i:j]), *order[j:]]
-            if ring_ms((host, *turned), rtt_ms) < length - 1e-9:
-                order, improved = turned, True
-                break
-    return tuple(order)

@@ -29,11 +29,16 @@ class Measured:
         rtt_ms: shortest echo of a small packet over TCP.
         burst_ms: echo of a token's activations over a fresh TCP connection.
         quic_burst_ms: the same over QUIC; None: not measured, or it failed.
+        bytes_per_second: of bursts once the connection has warmed up; 0: not measured. ``quic_`` likewise.
+        quic_rtt_ms: shortest echo over a QUIC stream; None like the burst.
     """
 
     rtt_ms: float
     burst_ms: float
     quic_burst_ms: float | None = None
+    bytes_per_second: float = 0.0
+    quic_rtt_ms: float | None = None
+    quic_bytes_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,13 @@ NO_EPOCH = Epoch(0, "")
 """Before any layout was agreed."""
 
 
+class Speed(Struct, frozen=True):
+    """What a device streams per second of weights of one family (:func:`weight_family`, :func:`alone`)."""
+
+    weights: Annotated[str, Meta(max_length=16)]
+    bytes_per_second: Annotated[float, Meta(ge=0, le=1e18)]
+
+
 class Device(Struct, frozen=True):
     """One thing that can hold layers, as the engine names it (``CPU``, ``CUDA0``)."""
 
@@ -49,6 +56,10 @@ class Device(Struct, frozen=True):
     """What was free before the mesh's own engine took any."""
     bytes_per_second: Annotated[float, Meta(ge=0)] = 0.0
     """Weights the device can stream per second; 0 when not measured."""
+    speeds: Annotated[tuple[Speed, ...], Meta(max_length=8)] = ()
+    """The same by the family of their type, since arithmetic may take longer than memory."""
+    layer_us: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """What a layer costs besides its weights, microseconds."""
 
 
 class ModelCost(Struct, frozen=True):
@@ -71,9 +82,50 @@ class ModelCost(Struct, frozen=True):
     kv_bytes_per_token: Annotated[tuple[Bytes64, ...], Meta(max_length=1024)]
     """f16 K and V of one token, for each layer."""
     n_ff: Count = 0
-    """Widest feed-forward row of a token (experts in use together); sizes compute buffers. 0 when unknown."""
+    """Widest feed-forward row of a token (experts in use together). 0 when unknown."""
+    windows: Annotated[tuple[Count, ...], Meta(max_length=1024)] = ()
+    """Tokens that each layer's cache holds at most; 0: all of the context. Empty: no layer is limited."""
+    state_bytes: Annotated[tuple[Bytes64, ...], Meta(max_length=1024)] = ()
+    """Recurrent state of one slot, for each layer. Empty: none has any."""
+    read_bytes: Annotated[tuple[Bytes64, ...], Meta(max_length=1024)] = ()
+    """Weights of each layer that one token reads; less than all where it chooses experts. Empty: all."""
+    attention_row: Count = 0
+    """Values of one token that attention holds at its peak; sizes compute buffers. 0 when unknown."""
+    state_row: Count = 0
+    """What a recurrent layer holds in attention's place. 0: there is none."""
+    feed_row: Count = 0
+    """The same of the feed-forward part."""
+    weights: Annotated[str, Meta(max_length=16)] = ""
+    """Type that most bytes of the layers have, as the format calls it (``Q4_K``). Empty when unknown."""
     demo_version: Count = 0
     """Generator version when this is the demo model, which any node can make for itself; else 0."""
+
+
+def weight_family(weights: str) -> str:
+    """Types that a device treats about alike bear the name of one of them: ``Q4_K``, ``Q8_0`` or ``F16``.
+
+    Args:
+        weights: a type of the format; empty when unknown.
+    """
+    bits = "".join(c for c in weights if c.isdigit())[:2]
+    if not bits or weights.startswith(("F", "BF")):
+        return "F16"
+    return "Q4_K" if int(bits[0]) < 6 else "Q8_0"
+
+
+def alone(family: str) -> str:
+    """The name of the speed that a device has with weights it rearranges, as it does where it serves alone."""
+    return f"{family} alone"
+
+
+class LinkFact(Struct, frozen=True):
+    """What a node measured of its link to another."""
+
+    peer: NodeId
+    rtt_ms: Annotated[float, Meta(ge=0, le=1e6)]
+    """Over the lane that bulk takes."""
+    bytes_per_second: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    """Of bulk; 0 when not measured."""
 
 
 class NodeFacts(Struct, frozen=True):
@@ -108,6 +160,10 @@ class NodeFacts(Struct, frozen=True):
     """The node understands what is said to get across NATs: ``Seen``, ``Introduce`` and all that follows."""
     relay_only: bool = False
     """The node introduces and relays, and carries no layers."""
+    links: Annotated[tuple[LinkFact, ...], Meta(max_length=64)] = ()
+    """What this node measured of its links to others; told again when it has changed much."""
+    battery: bool = False
+    """The node runs on a battery now: it carries layers only where others cannot."""
     pairs: bool = False
     """The node lets machines in by a pairing code, and understands what is said of that among members."""
     computes_on: Annotated[str, Meta(max_length=64)] = ""

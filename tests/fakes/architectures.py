@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,6 +34,7 @@ Matrix = tuple[tuple[int, ...], float]
 Vector = tuple[int | tuple[int, ...], float]
 """How many values, and about which."""
 Setting = int | float | tuple[int, ...]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Architecture:
         vectors: of each layer, besides a llama's norms; None takes one away.
         ends: whatever is there once, besides the embedding and ``output_norm.weight``.
         settings: its keys without the architecture's name.
+        other: matrices of the layers ``other_at``, instead of those of the rest; ``other_vectors`` likewise.
     """
 
     name: str
@@ -53,6 +56,9 @@ class Architecture:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     tied: bool = False
     embedding: float = WIDTH**0.5
+    other: Mapping[str, Matrix | None] = field(default_factory=dict)
+    other_vectors: Mapping[str, Vector | None] = field(default_factory=dict)
+    other_at: tuple[int, ...] = ()
 
 
 _KV = HEADS_KV * HEAD
@@ -166,19 +172,101 @@ ARCHITECTURES = {
     )
 }
 
+_INNER, _STATE, _GROUPS, _SSM_HEADS, _CONV = 2 * WIDTH, 32, 1, 8, 4
+_CHANNELS = _INNER + 2 * _GROUPS * _STATE
+_NO_ATTENTION: dict[str, Matrix | None] = {f"attn_{x}.weight": None for x in ("q", "k", "v", "output")}
+_MAMBA: dict[str, Matrix | None] = _NO_ATTENTION | {
+    "ssm_in.weight": ((WIDTH, _INNER + _CHANNELS + _SSM_HEADS), 1.5),
+    "ssm_out.weight": ((_INNER, WIDTH), 1.5),
+}
+_MAMBA_VECTORS: dict[str, Vector | None] = {
+    "ssm_conv1d.weight": ((_CONV, _CHANNELS), 0.5),
+    "ssm_conv1d.bias": (_CHANNELS, 0.0),
+    "ssm_dt.bias": (_SSM_HEADS, 0.0),
+    "ssm_a": ((1, _SSM_HEADS), -1.0),
+    "ssm_d": ((1, _SSM_HEADS), 1.0),
+    "ssm_norm.weight": ((_INNER // _GROUPS, _GROUPS), 1.0),
+}
+_SSM: dict[str, Setting] = {
+    **{"ssm.conv_kernel": _CONV, "ssm.inner_size": _INNER, "ssm.state_size": _STATE},
+    **{"ssm.time_step_rank": _SSM_HEADS, "ssm.group_count": _GROUPS},
+}
+_LATENT, _ROPE = 64, 32
+FURTHER = {
+    a.name: a
+    for a in (
+        # One latent for all heads, shared experts, and a first layer without experts.
+        Architecture(
+            "deepseek2",
+            matrices=_EXPERTS
+            | {f"ffn_{x}_shexp.weight": ((WIDTH, FEED // 2), 1.5) for x in ("gate", "up")}
+            | {
+                **{"ffn_down_shexp.weight": ((FEED // 2, WIDTH), 1.5), "attn_k.weight": None, "attn_v.weight": None},
+                "attn_q.weight": None,
+                "attn_q_a.weight": ((WIDTH, 96), 1.5),
+                "attn_q_b.weight": ((96, HEADS * (HEAD + _ROPE)), 1.7),
+                "attn_kv_a_mqa.weight": ((WIDTH, _LATENT + _ROPE), 1.5),
+                "attn_k_b.weight": ((HEAD, _LATENT, HEADS), 1.5),
+                "attn_v_b.weight": ((_LATENT, HEAD, HEADS), 1.5),
+            },
+            vectors={"attn_q_a_norm.weight": (96, 1.0), "attn_kv_a_norm.weight": (_LATENT, 1.0)},
+            other=_NO_FEED
+            | {name: matrix for name, matrix in _LLAMA.items() if name.startswith("ffn")}
+            | {
+                **{"attn_k.weight": None, "attn_v.weight": None, "attn_q.weight": None},
+                "attn_q_a.weight": ((WIDTH, 96), 1.5),
+                "attn_q_b.weight": ((96, HEADS * (HEAD + _ROPE)), 1.7),
+                "attn_kv_a_mqa.weight": ((WIDTH, _LATENT + _ROPE), 1.5),
+                "attn_k_b.weight": ((HEAD, _LATENT, HEADS), 1.5),
+                "attn_v_b.weight": ((_LATENT, HEAD, HEADS), 1.5),
+            },
+            other_vectors={"attn_q_a_norm.weight": (96, 1.0), "attn_kv_a_norm.weight": (_LATENT, 1.0)},
+            other_at=(0,),
+            settings={
+                **_RMS,
+                **_MOE,
+                **{"leading_dense_block_count": 1, "expert_shared_count": 1, "attention.head_count_kv": 1},
+                **{"attention.q_lora_rank": 96, "attention.kv_lora_rank": _LATENT, "rope.dimension_count": _ROPE},
+                **{"attention.key_length": _LATENT + _ROPE, "attention.value_length": _LATENT},
+                **{"attention.key_length_mla": HEAD + _ROPE, "attention.value_length_mla": HEAD},
+            },
+        ),
+        Architecture(
+            "mamba2",
+            matrices=_NO_FEED | _MAMBA,
+            vectors=_MAMBA_VECTORS | {"ffn_norm.weight": None},
+            settings=_RMS | _SSM | {"attention.head_count": 0, "attention.head_count_kv": 0},
+        ),
+        Architecture(
+            "granitehybrid",
+            matrices=_MAMBA,
+            vectors=_MAMBA_VECTORS,
+            other_at=(2, 5),
+            settings={
+                **_RMS,
+                **_SSM,
+                **{"attention.head_count_kv": (0, 0, HEADS_KV, 0, 0, HEADS_KV), "attention.scale": 0.125},
+                **{"embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0},
+            },
+        ),
+    )
+}
+"""Those whose caches are unlike a llama's: for their memory, not for their words."""
+
 
 def write_architecture(path: Path, name: str, kind: Kind) -> None:
     """Write a model whose matrices are of one kind, and all else as is usual beside it: F32."""
-    shape = ARCHITECTURES[name]
-    matrices = {key: value for key, value in {**_LLAMA, **shape.matrices}.items() if value is not None}
+    shape = ARCHITECTURES.get(name) or FURTHER[name]
     llama: dict[str, Vector | None] = {"attn_norm.weight": (WIDTH, 1.0), "ffn_norm.weight": (WIDTH, 1.0)}
-    vectors = {key: value for key, value in {**llama, **shape.vectors}.items() if value is not None}
     ends = {**shape.ends, "output_norm.weight": (WIDTH, 1.0)}
     tensors = [random_matrix("token_embd.weight", (WIDTH, VOCAB), kind, shape.embedding)]
     if not shape.tied:
         tensors.append(random_matrix("output.weight", (WIDTH, VOCAB), kind, 2.0))
     tensors += [_vector(key, *value) for key, value in ends.items()]
     for layer in range(LAYERS):
+        is_other = layer in shape.other_at
+        matrices = _there({**_LLAMA, **(shape.other if is_other else shape.matrices)})
+        vectors = _there({**llama, **(shape.other_vectors if is_other else shape.vectors)})
         tensors += [_vector(f"blk.{layer}.{key}", *value) for key, value in vectors.items()]
         for key, (dims, gain) in matrices.items():
             full = f"blk.{layer}.{key}"
@@ -186,6 +274,10 @@ def write_architecture(path: Path, name: str, kind: Kind) -> None:
                 _router(full, dims, gain) if key == "ffn_gate_inp.weight" else random_matrix(full, dims, kind, gain)
             )
     write.write_gguf(path, [*_settings(shape), *_words()], tensors, lambda done, total: None)
+
+
+def _there(found: Mapping[str, _T | None]) -> dict[str, _T]:
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _settings(shape: Architecture) -> list[bytes]:

@@ -43,7 +43,7 @@ class FakeEngine:
         step: when set, each word waits for one ``release()`` of it.
         break_after: cut the connection after so many words of a stream, or before an answer that is not one (0).
         dies_after: the same, counted from where each stream begins or is continued.
-        break_at: cut the connection after so many bytes of a stream's events.
+        break_at: cut the connection after so many bytes of a stream's events; once.
         end_after: end the stream in good order after so many words, but without its end mark.
         blocks: of how many blocks a word's group consists.
         choices: answers to each streamed request, in turns.
@@ -186,12 +186,14 @@ class FakeEngine:
         path = seen.target.partition("?")[0]
         ask = json.loads(seen.body) if b"{" in seen.body[:4] else {}
         given: list[int] = []
+        start = 0
         if "x-mesh-resume" in seen.headers:
             if self.refuses:
                 problem = {"message": "not this one", "type": "cannot_resume", "code": 409}
                 await _send_json(connection, stream, 409, {"error": problem})
                 return
             given = [0 if one is None else 1 + len(one["tokens"]) + one["end"] for one in ask["choices"]]
+            start = max(0 if one is None else len(one["tokens"]) for one in ask["choices"])
             for choice in filter(None, ask["choices"]):
                 assert choice["tokens"] == [token_of(n) for n in range(len(choice["tokens"]))], "what the client has"
             ask = ask["body"]
@@ -201,7 +203,7 @@ class FakeEngine:
             await _send_json(connection, stream, 400, {"error": {"message": "bad\nfield", "code": 400}})
         elif ask.get("stream") is True:
             traces = self.traces and "x-mesh-request" in seen.headers
-            await self._stream(connection, stream, path, given, traces)
+            await self._stream(connection, stream, path, given, start, traces)
         elif self.break_after == 0:
             stream.abort()
         elif path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
@@ -222,13 +224,13 @@ class FakeEngine:
             yield word
 
     async def _stream(
-        self, connection: h11.Connection, stream: Stream, path: str, given: list[int], traces: bool
+        self, connection: h11.Connection, stream: Stream, path: str, given: list[int], start: int, traces: bool
     ) -> None:
-        """``given``: groups of each choice (its preamble is one) that the client has, and which stay mute."""
+        """``given``: groups of each choice (its preamble is one) that the client has; ``start``: words of all."""
         headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), ("Server", "llama.cpp")]
         head = connection.send(h11.Response(status_code=200, headers=headers)) or b""
 
-        left = self.break_at
+        left, self.break_at = self.break_at, None
 
         async def say(data: bytes) -> None:
             nonlocal head, left
@@ -240,7 +242,7 @@ class FakeEngine:
             if left is not None and left <= 0:
                 raise ConnectionResetError("cut, as asked")
 
-        sent = max(0, *given, 1) - 1 if given else 0
+        sent = start
         dies_at = self.break_after if self.dies_after is None else sent + self.dies_after
         for choice in range(self.choices):
             if not (given[choice] if choice < len(given) else 0):

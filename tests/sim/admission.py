@@ -152,7 +152,10 @@ class House:
         return Hello(PROTOCOL, self.roster.mesh, chain, self.roster.revocations, self.node.facts)
 
     def greets(self, hello: Hello, key: bytes) -> Admitted | Refused:
-        return weigh_hello(hello, key, self.roster, self.node.wall())
+        verdict = weigh_hello(hello, key, self.roster, self.node.wall())
+        if len(self.roster.subjects()) != len(self.keys):
+            self._learn()  # also when no link comes of this greeting
+        return verdict
 
     def admit(self, peer: NodeId, verdict: Admitted) -> None:
         """A link to ``peer`` is up."""

@@ -157,7 +157,8 @@ class Ingress:
             if attempt.begun:
                 return
             attempt.begun = True
-            self.pump.feed(px.Began(question.request, question.attempt))
+            can_resume = question.request % 2 == 0  # of some streams no transcript can be kept
+            self.pump.feed(px.Began(question.request, question.attempt, resumable=can_resume))
         else:
             self.pump.feed(px.Completed(question.request, question.attempt))
             self._settled(question.request, "answered")

@@ -341,7 +341,7 @@ class Node:
         self.world.network.send(self.id, peer, message)
 
     def broadcast(self, message: Control, *, but: NodeId | None = None) -> None:
-        for peer in self.wanted:
+        for peer in self.world.nodes:  # to whom there is no link, nothing is sent
             if peer != but:
                 self.world.network.send(self.id, peer, message)
 

@@ -53,7 +53,7 @@ def test_no_seed_evicts_a_healthy_node(outcomes: list[Outcome]) -> None:
 def test_crashes_are_noticed_in_any_weather(outcomes: list[Outcome]) -> None:
     took = sorted(seconds for outcome in outcomes for seconds in outcome.detected_s)
     assert len(took) > 100
-    assert took[-1] < 3.5
+    assert took[-1] < 4.5, "at 150 ms one way, 200 ms of jitter, 5% loss, and a clock 2% slow"
 
 
 @pytest.mark.timeout(900)

@@ -305,6 +305,17 @@ def test_word_that_nothing_can_run_does_not_stop_what_runs() -> None:
 # -- fencing and routing -----------------------------------------------------------------------------------------------
 
 
+def test_a_bystander_that_missed_the_failure_follows_the_coordinator_that_gives_up() -> None:
+    """It held the layout to be well, for it had not heard that the engine failed, and stayed with it for ever."""
+    told = Told(2, 0, 1, 3)
+    told.hear(0, propose(1, 0, 0, 1))
+    assert told.state == "starting"
+    told.hear(3, Propose(Epoch(2, D), None, "nothing fits"))
+    assert told.core.epoch == Epoch(1, A), "anybody else is not believed"
+    told.hear(0, Propose(Epoch(3, A), None, "FAILED: the same layout failed 5 times"))
+    assert told.core.epoch == Epoch(3, A)
+
+
 def test_a_worker_carries_for_the_host_of_its_epoch_only() -> None:
     told = Told(1, 0, 2)
     told.hear(0, propose(3, 0, 0, 1))

@@ -9,6 +9,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from mesh.election.core import Election
 from mesh.election.events import NeedPlan, Planned, Tick, ViewChanged
@@ -17,7 +18,9 @@ from mesh.membership.core import BOOT_SHIFT, Membership
 from mesh.membership.events import Broadcast, LinkUp, Received, Send
 from mesh.membership.events import Tick as MembershipTick
 from mesh.membership.view import Member, View
+from mesh.node.planning import describe_plan
 from mesh.wire.codec import control_decoder, decode, encode
+from mesh.wire.facts import NodeFacts
 from mesh.wire.messages import (
     Accepted,
     Control,
@@ -95,3 +98,18 @@ def test_any_votes_are_survived_and_answered_within_bounds(said: list[tuple[str,
         now += pause
         do(Tick())
     assert core.status().state
+
+
+# Members may say anything of themselves, of models and of links, each with facts of its own or those of an honest one.
+@given(st.lists(values(NodeFacts), min_size=1, max_size=2), st.booleans())
+@settings(PATIENT, max_examples=25)
+def test_whatever_members_say_of_themselves_a_plan_is_made_or_refused(said: list[NodeFacts], agree: bool) -> None:
+    members = [facts_of(ME)]
+    for number, facts in enumerate(said, 1):
+        honest = facts_of(number)
+        wanted = {"models": honest.models, "wants": honest.wants, "engine": honest.engine} if agree else {}
+        members.append(structs.replace(facts, id=honest.id, **wanted))
+    answer = describe_plan(NeedPlan(1, tuple(members), None, {}, frozenset()), members[0].id, ())
+    assert answer["layout"] is not None or answer["reason"]
+    if answer["layout"] is not None:
+        assert 0 <= answer["layout"]["predicted_ms_per_token"] < float("inf")

@@ -16,6 +16,7 @@ from mesh.election.events import Status
 from mesh.engine.cache import Engine
 from mesh.errors import EngineError
 from mesh.hardware.fake import FakeHardware
+from mesh.hardware.power_supply import Power
 from mesh.membership.view import Departed, Member, View
 from mesh.node.facts import OwnFacts
 from mesh.node.status import Counts, build_status, memory_bytes, role_in
@@ -54,6 +55,15 @@ def test_the_version_grows_with_a_change_and_only_then(machine: FakeHardware) ->
     second = facts.facts((a_model(),))
     assert second.version > first.version
     assert second.models == (a_model(),)
+
+
+def test_a_machine_on_battery_says_so(machine: FakeHardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = own(FakeClock())
+    facts.measure()
+    assert not facts.facts(()).battery
+    monkeypatch.setattr(hardware, "power", lambda: Power(on_battery=True))
+    assert facts.measure()
+    assert facts.facts(()).battery
 
 
 def test_the_version_grows_even_when_the_clock_goes_back(machine: FakeHardware) -> None:
