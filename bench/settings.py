@@ -70,7 +70,7 @@ def mesh(
     """``mesh up`` on every machine, the model divided over all; asked on the host's machine, as the others are.
 
     Args:
-        names: the machines; None for :func:`bench.servers.machine_names`.
+        names: the machines; None for :func:`bench.servers.machine_names`. Those that are not needed only ask.
     """
     names = names or machine_names(workers)
     arguments = ["--no-discovery", "--ctx-size", str(task.ctx_size), "--parallel", str(task.parallel)]
@@ -87,9 +87,9 @@ def mesh(
                 if status["mesh"]["state"] != "starting":
                     starting_at[0] = time.monotonic()
                 return False
-            return len(status["layout"]["ring"]) == len(names)
+            return len(status["layout"]["ring"]) == workers + 1
 
-        status = watched.wait(serves, START_WITHIN_S, f"serving over {len(names)} machines")
+        status = watched.wait(serves, START_WITHIN_S, f"serving over {workers + 1} machines")
         now = time.monotonic()
         ring = status["layout"]["ring"]
         host = next(member["name"] for member in ring if member["id"] == status["layout"]["host"])

@@ -21,8 +21,9 @@ WHOLE_S = 200.0
 """An answer in one piece may be held for thirty seconds after each of five losses."""
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 8.0
 """Between an SDK's tries: doubled each time (OpenAI's and Anthropic's alike)."""
-DRAIN_S = 30.0
-"""The nodes' ``drain_s``: in which what is under way may finish before a planned change."""
+DRAIN_S = 15.0
+"""The nodes' ``drain_s``: in which what is under way may finish before a planned change. What comes meanwhile is held,
+for thirty seconds in all, so a longer one would leave too little of them for the start that follows."""
 TRIES, SDK_TRIES = 8, 3
 """The SDKs' own default is the lower; a machine that restarts takes a few seconds before its node answers."""
 

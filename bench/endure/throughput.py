@@ -25,6 +25,7 @@ STREAMS = 8
 DIRECT = ("p", "q", "r", "s")
 """Machines of the engine without a mesh: each has the core of its counterpart."""
 BAR = 0.95
+START_WITHIN_S = 120.0
 
 
 @dataclass(slots=True)
@@ -60,6 +61,8 @@ def compare(task: Task, workers: int, pairs: int, tokens: int) -> Aggregate:
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab([*MACHINES, *DIRECT], "lan", cores=task.threads))
         mesh, figures, nodes = stack.enter_context(settings.mesh(lab, task, workers, MACHINES))
+        for node in nodes.values():
+            node.wait_serving(START_WITHIN_S, members=workers + 1)
         order = [DIRECT[MACHINES.index(name)] for name in (mesh.client_node, *mesh.workers)]
         if workers:
             direct = stack.enter_context(ring_settings.ring(lab, task, figures.layers, names=order))
