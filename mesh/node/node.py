@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import mesh.election.events as election
@@ -28,6 +29,7 @@ from mesh.identity.key import NodeKey
 from mesh.membership.core import BOOT_SHIFT, Membership
 from mesh.membership.lapse import OUT
 from mesh.membership.links import Callbacks, Links
+from mesh.node.carriage import Carriage
 from mesh.node.equipment import Equipment
 from mesh.node.facts import OwnFacts
 from mesh.node.narrator import Narrator
@@ -38,7 +40,7 @@ from mesh.node.record import Ledger, Record
 from mesh.node.shelf import Shelf
 from mesh.node.statedir import command_for
 from mesh.node.status import Counts, build_status, gauges_in
-from mesh.node.underway import UnderWay
+from mesh.node.upkeep import Upkeep
 from mesh.node.whereabouts import Whereabouts
 from mesh.notice import View
 from mesh.proxy.ingress import Proxy
@@ -46,35 +48,22 @@ from mesh.proxy.metrics import NodeGauges
 from mesh.proxy.upstream import Route
 from mesh.pump import Pump
 from mesh.supervise.core import State
-from mesh.supervise.runner import EngineRunner, RpcEndpoint
+from mesh.supervise.runner import EngineRunner
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
 from mesh.transport.tcp import TcpLane
-from mesh.tunnel.host import HostTunnels
-from mesh.tunnel.member import HttpTunnel, WorkerTunnel
-from mesh.tunnel.push import PushTunnels
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeFacts, NodeId
 from mesh.wire.messages import (
     Control,
     EngineDown,
     LoadProgress,
     Open,
-    OpenHttp,
-    OpenPush,
-    OpenRpc,
     Refused,
     Serving,
     WorkerReady,
 )
 
 log = logging.getLogger(__name__)
-
-LINKS_S = 1.0
-"""How often the ways to the others are looked at."""
-REFRESH_S = 10.0
-RELIST_S = 60.0
-"""Between two times that an idle node's engine is asked for its devices: it is a process, and starts a driver."""
-"""How often free memory is looked at again while nothing of ours is loaded, and the disk for a missing model."""
 
 
 class Node:
@@ -124,11 +113,7 @@ class Node:
         self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
         self.links = self._make_links(endpoint, tcp)
         self.proxy = Proxy(clock)
-        self._tunnels = HostTunnels(self.links.open_bulk)
-        self._worker_tunnel = WorkerTunnel(self._rpc_endpoint, self._election.may_carry)
-        self._pushes = PushTunnels(self.links.open_bulk, self._rpc_endpoint, self._election.may_push)
-        self._http_tunnel = HttpTunnel(lambda epoch: self._runner.http_port(self._engine_epoch(epoch)))
-        self._under_way = UnderWay(self._http_tunnel)
+        self._carriage = Carriage(key.id, self.links.open_bulk, self._election, lambda: self._runner)
         threads, gpu_layers = self.facts.threads, settings.gpu_layers
         equipment = Equipment(key.id, engine, self._shelf.file, threads, gpu_layers, settings.wire_dtype)
         self._runner = EngineRunner(
@@ -136,18 +121,16 @@ class Node:
             state_dir=settings.state_dir,
             rpc_command=equipment.rpc_server,
             server_command=equipment.llama_server,
-            tunnels=self._tunnels,
-            worker_side=self._worker_tunnel,
-            pushes=self._pushes,
+            tunnels=self._carriage.to_workers,
+            worker_side=self._carriage.from_host,
+            pushes=self._carriage.pushes,
             clock=clock,
             tell_host=self._rpc_server_listens,
             announce=self._engine_says,
             on_placed=self._placed,
-            unused=self._under_way.none,
+            unused=self._carriage.under_way.none,
         )
         self._placed_on = ""
-        self._launched: Epoch = NO_EPOCH
-        """The number under which the engine was started; a layout may go on under newer ones."""
         self._starts = 0
         self.proxy.metrics.node = self.gauges
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -245,8 +228,17 @@ class Node:
         self._electing.feed(election.ViewChanged(self._membership.view()))
         self.links.start()
         self.whereabouts.start()
-        self._spawn(self._refresh())
-        self._spawn(self._watch_links())
+        upkeep = Upkeep(
+            self._own,
+            self._shelf,
+            self._ledger,
+            self._clock,
+            is_idle=lambda: self._runner.state is State.IDLE,
+            links=self.links.measured,
+            tell=self._tell_facts,
+        )
+        self._spawn(upkeep.watch_machine())
+        self._spawn(upkeep.watch_links())
 
     @property
     def drain_s(self) -> float:
@@ -282,7 +274,7 @@ class Node:
             self._shelf.close(), self.proxy.close(), self._runner.stop(), self.links.close(reason),
             self.whereabouts.close(), return_exceptions=True,
         )  # fmt: skip
-        self._http_tunnel.close()
+        self._carriage.close()
 
     def save(self) -> None:
         """Write down who belongs and where they are."""
@@ -325,8 +317,7 @@ class Node:
         seen = self._membership.view()
         self._narrator.member(effect, seen)
         if isinstance(effect, membership.MemberLost):
-            self._tunnels.drop(effect.node)
-            self._pushes.drop(effect.node)
+            self._carriage.drop(effect.node)
             if effect.reason != "restarted":  # then the link is the new process's already
                 self.links.drop(effect.node, effect.reason)
         if isinstance(effect, membership.MemberAlive | membership.MemberFacts):
@@ -357,7 +348,7 @@ class Node:
                 self._adopt(effect)
             case election.WorkersReady(epoch):
                 for worker in self._layout_workers():
-                    self._runner.post(supervise.MemberReady(worker, self._engine_epoch(epoch)))
+                    self._runner.post(supervise.MemberReady(worker, self._carriage.engine_epoch(epoch)))
             case election.Served():
                 self._serve(effect)
             case election.Unserved(reason, drain_s):
@@ -368,7 +359,7 @@ class Node:
         self._narrator.adopted(adopt)
         if adopt.lifts != NO_EPOCH:
             return  # the same layout under a new number: what runs goes on
-        self._launched = adopt.epoch
+        self._carriage.launched = adopt.epoch
         if adopt.layout is not None:
             self._starts += 1
         self._unserve(adopt.reason or "the engine is starting", adopt.drain_s)
@@ -378,27 +369,16 @@ class Node:
         layout = self._election.status().layout
         assert layout is not None, "the election serves what it follows"
 
-        async def open_engine() -> Stream:
-            if served.host == self.key.id:
-                port = self._runner.http_port(self._engine_epoch(served.epoch))
-                return await self._under_way.open(port or 0)
-            newest = self._election.epoch if self._election.covers(served.epoch) else served.epoch
-            return await self.links.open_bulk(served.host, OpenHttp(newest))
-
+        open_server = partial(self._carriage.open_server, served.host, served.epoch)
         name, fingerprint = layout.model.name, layout.model.fingerprint
         # By the number it was started under: a layout that is only renumbered keeps its requests.
-        self.proxy.serve(Route(self._launched, served.host, served.api_key, name, open_engine, fingerprint))
+        epoch = self._carriage.launched
+        self.proxy.serve(Route(epoch, served.host, served.api_key, name, open_server, fingerprint))
         self._narrator.served(layout)
 
     def _unserve(self, reason: str, drain_s: float) -> None:
         layout = self._election.status().layout
         self.proxy.unserve(reason, drain_s=drain_s, model_name=None if layout is None else layout.model.name)
-
-    def _engine_epoch(self, epoch: Epoch) -> Epoch:
-        return self._launched if self._election.covers(epoch) else epoch
-
-    def _rpc_endpoint(self, epoch: Epoch) -> RpcEndpoint | None:
-        return self._runner.rpc_endpoint(self._engine_epoch(epoch))
 
     def _layout_workers(self) -> tuple[NodeId, ...]:
         layout = self._election.status().layout
@@ -436,20 +416,16 @@ class Node:
     def _loading(self, message: LoadProgress) -> None:
         self._narrator.loading(message)
         if message.node != self.key.id:
-            self._runner.post(supervise.MemberLoading(message.node, self._engine_epoch(message.epoch)))
+            self._runner.post(supervise.MemberLoading(message.node, self._carriage.engine_epoch(message.epoch)))
 
     # -- streams -------------------------------------------------------------------------------------------------------
 
     def _bulk_opened(self, peer: NodeId, request: Open, stream: Stream) -> None:
-        match request:
-            case OpenRpc():
-                self._spawn(self._worker_tunnel.serve(peer, request, stream))
-            case OpenPush():
-                self._spawn(self._pushes.serve(peer, request, stream))
-            case OpenHttp():
-                self._spawn(self._http_tunnel.serve(peer, request, stream))
-            case _:
-                stream.abort()
+        carried = self._carriage.accept(peer, request, stream)
+        if carried is None:
+            stream.abort()
+        else:
+            self._spawn(carried)
 
     # -- itself --------------------------------------------------------------------------------------------------------
 
@@ -460,26 +436,6 @@ class Node:
 
     def _tell_facts(self) -> None:
         self._members.feed(membership.FactsChanged(self.facts))
-
-    async def _refresh(self) -> None:
-        """Look at free memory while nothing of ours is in it, and tell when it has really changed; and at the disks."""
-        relist_at = self._clock.now() + RELIST_S
-        while True:
-            await asyncio.sleep(REFRESH_S)
-            self._shelf.look_again()
-            self._ledger.again()
-            if self._runner.state is State.IDLE and self._clock.now() >= relist_at:
-                relist_at = self._clock.now() + RELIST_S
-                await asyncio.to_thread(self._own.list_devices)
-            if self._runner.state is State.IDLE and self._own.measure():
-                self._tell_facts()
-
-    async def _watch_links(self) -> None:
-        """Tell the others how far this node is from each of them, so that whoever plans knows."""
-        while True:
-            await asyncio.sleep(LINKS_S)
-            if self._own.linked(self.links.measured()):
-                self._tell_facts()
 
     def _paced(self, device: str, found: Measured) -> None:
         if self._own.paced(device, found):
