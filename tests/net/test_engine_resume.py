@@ -5,7 +5,7 @@ given the request and the tokens of the groups before the cut. What it says must
 block, but for ``TIMES`` and ``CACHES``.
 
 Words that are computed several at a time have to come out as they did one by one, to the last bit, or random weights
-say something else soon. With Q8_0 they do; what other types do is measured in docs/benchmarks.md.
+say something else soon. With Q8_0 and one thread they do; what else there is, is measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
