@@ -183,7 +183,10 @@ def _gaps(client: httpx.Client, url: str, tokens: int) -> float:
 
 
 def _processor_s(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess as error:
+        raise BenchError("an engine was started again while it was measured") from error
     return float(times.user + times.system)
 
 
