@@ -14,7 +14,7 @@ from tests.lab.mesh_kit import IN_LAB, Streamed, ask, model_file, reference
 
 pytestmark = IN_LAB
 MACHINES = ("a", "b", "c", "d")
-LONG = 120
+LONG = 800
 """Tokens that take some seconds."""
 ENDLESS = 3000
 WAITS = "requests under way may finish first, 30 s at most"
