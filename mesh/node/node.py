@@ -242,21 +242,24 @@ class Node:
 
     @property
     def drain_s(self) -> float:
-        """How long requests may take that need what runs here, if this node is to go; 0: there can be none."""
+        """How long requests may take that need this node, if it is to go; 0: there can be none."""
         elected = self._election.status()
         carries = elected.layout is not None and any(member.id == self.key.id for member in elected.layout.ring)
-        busy = self._runner.state is State.DRAINING or (carries and elected.state == "serving")
+        asked = self.proxy.counters.active + self.proxy.counters.held > 0
+        busy = asked or self._runner.state is State.DRAINING or (carries and elected.state == "serving")
         return self.settings.drain_s if busy else 0.0
 
     def announce_departure(self) -> None:
         """This node is about to go: let the others plan without it."""
         self._narrator.stopping()
+        self.proxy.turn_away("this node is about to stop")
         self._own.leaves()
         self._tell_facts()
 
     async def unneeded(self) -> None:
-        """Return once nothing runs here for the mesh."""
+        """Return once nothing runs here for the mesh, and nobody here waits for an answer of its."""
         await self._runner.idle()
+        await self.proxy.empty()
 
     async def stop(self, reason: str) -> None:
         """Say good-bye, end the engine, close every link. Nothing of this node runs when it returns."""

@@ -21,6 +21,7 @@ from mesh.proxy.events import (
     Abandon,
     Arrived,
     Began,
+    Closing,
     Comfort,
     Completed,
     Departed,
@@ -134,6 +135,7 @@ class Core:
     _reason: str = "the mesh is starting"
     _drain_until: float | None = None
     _stopping: str | None = None
+    """Why nobody is let in any more."""
     _requests: dict[RequestId, _Request] = field(default_factory=dict)
     """In order of arrival, which is the order of service."""
     _counters: Counters = field(default_factory=Counters)
@@ -147,6 +149,9 @@ class Core:
                 return self._unserve(event, now)
             case Arrived():
                 return self._arrive(event, now)
+            case Closing():
+                self._stopping = event.reason
+                return []
             case Stopped():
                 return self._stop(event, now)
             case Tick():

@@ -119,12 +119,19 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Closing:
+    """This node is about to go: nobody is let in any more, and whoever is here is still answered."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The time of :meth:`Core.next_timer` has come."""
 
 
 RequestEvent = Departed | Began | Spoiled | Refused | Completed | Lost
-Event = Served | Unserved | Arrived | RequestEvent | Stopped | Tick
+Event = Served | Unserved | Arrived | RequestEvent | Closing | Stopped | Tick
 
 
 # -- effects ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from mesh.proxy.budget import DEFAULT_BYTES, Budget
 from mesh.proxy.core import Core, Counters, Limits
 from mesh.proxy.events import (
     Arrived,
+    Closing,
     Departed,
     Dispatch,
     Effect,
@@ -106,6 +107,14 @@ class Proxy:
         except TimeoutError:
             return False
         return True
+
+    def turn_away(self, reason: str) -> None:
+        """Let nobody in any more; whoever is here is still answered."""
+        self._pump.feed(Closing(reason))
+
+    async def empty(self) -> None:
+        """Return once no client is left."""
+        await self._empty.wait()
 
     async def close(self, reason: str = "this node is stopping", within_s: float = 1.0) -> None:
         """Tell every client, and wait until the last one knows."""

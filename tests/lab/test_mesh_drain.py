@@ -123,6 +123,19 @@ def test_a_machine_that_leaves_first_finishes_what_it_has_begun(mesh: Mesh, who:
         node.wait_serving(60, members=2, after=before)
 
 
+def test_a_request_that_waits_at_a_machine_that_leaves_is_answered_first(mesh: Mesh) -> None:
+    before = mesh.of_three()
+    leaver, host = mesh.workers()[0], mesh.host
+    mesh.nodes["d"].start(join=mesh.token)
+    leaver.wait(lambda status: any(p["name"] == "d" and p["state"] == "alive" for p in status["peers"]), 30, "d")
+    stream = Streamed(host, LONG)
+    leaver.wait(lambda status: status["mesh"]["epoch"] > before, 30, "a new layout")
+    late = waits(leaver)
+    leaver.interrupt()
+    unbroken([stream, late], mesh.expected)
+    assert leaver.wait_stopped() == 0
+
+
 @pytest.mark.parametrize("how", ["mesh down", "Ctrl-C"])
 def test_a_machine_that_is_told_twice_to_go_does_not_wait(mesh: Mesh, how: str) -> None:
     mesh.of_three()

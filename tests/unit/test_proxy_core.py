@@ -14,6 +14,7 @@ from mesh.proxy.events import (
     Abandon,
     Arrived,
     Began,
+    Closing,
     Comfort,
     Completed,
     Departed,
@@ -143,6 +144,16 @@ def test_a_request_that_kills_every_engine_ends_some_day() -> None:
         assert core.handle(Unserved("crashed"), number + 0.5) == [Abandon(1, number)]
     core.handle(Served(THREE, "tiny"), 3.0)
     assert the_failure(core.handle(Unserved("crashed"), 3.5)) == (502, "engine_lost")
+
+
+def test_a_node_that_is_about_to_go_lets_nobody_in_and_answers_who_is_here() -> None:
+    core = Core()
+    core.handle(Arrived(1), 0.0)
+    assert core.handle(Closing("about to stop"), 1.0) == []
+    assert the_failure(core.handle(Arrived(2), 2.0)) == (503, "mesh_stopping")
+    assert core.handle(Served(ONE, "tiny"), 3.0) == [Dispatch(1, 1, ONE)]
+    assert the_failure(core.handle(Arrived(3), 4.0)) == (503, "mesh_stopping")
+    assert core.handle(Completed(1, 1), 5.0) == [] and core.counters.completed == 1
 
 
 @pytest.mark.parametrize("told_by", ["the drain", "the engine"])
