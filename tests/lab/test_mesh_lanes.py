@@ -59,7 +59,7 @@ def test_a_ring_over_tcp_does_not_hang_when_one_of_its_machines_gets_another_add
             for _ in range(2):  # the ring that follows the first move may have begun over QUIC
                 lab.move("b")
                 for node in nodes:
-                    assert ask(node, timeout=30) == expected
+                    assert ask(node, timeout=60) == expected
                     node.wait_serving(60, members=2)
                     node.wait(lambda status: paths(status) == ["tcp"], 60, "TCP to be tried again")
         finally:
