@@ -146,6 +146,11 @@ class BulkLanes:
         link.path = link.connection.path
         self.up(link)
 
+    def own_addresses_changed(self) -> None:
+        """This machine moved: TCP streams cannot follow it either."""
+        if self._tcp is not None:
+            self._tcp.cut_homeless()
+
     def down(self, link: Link, reason: str) -> None:
         """The link is lost: nothing of that peer goes on."""
         way = self._ways.pop(link.peer, None)

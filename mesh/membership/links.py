@@ -133,6 +133,11 @@ class Links:
         """Members connected now."""
         return self._links
 
+    def own_addresses_changed(self) -> None:
+        """This machine moved: look for better paths, and end what cannot follow."""
+        self._bulk.own_addresses_changed()
+        self.ways.own_addresses_changed()
+
     def measured(self) -> tuple[LinkFact, ...]:
         """What is known of the ways to those peers, by id."""
         found = (self._bulk.measured(link) for _, link in sorted(self.peers().items()))

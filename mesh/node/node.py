@@ -435,7 +435,7 @@ class Node:
     def _moved(self, addresses: tuple[str, ...]) -> None:
         self._own.moved(addresses)
         self._tell_facts()
-        self.links.ways.own_addresses_changed()
+        self.links.own_addresses_changed()
 
     def _tell_facts(self) -> None:
         self._members.feed(membership.FactsChanged(self.facts))

@@ -20,6 +20,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from mesh.errors import AdmissionError, MeshError, TransportError
 from mesh.identity.key import NodeKey, node_id
@@ -149,6 +150,15 @@ class TcpLane:
         for stream in [stream for stream, owner in self._streams.items() if owner == peer]:
             stream.lose(reason)
 
+    def cut_homeless(self) -> None:
+        """Cut every stream that began at an address which is not this machine's any more.
+
+        Its packets cannot come back, and what is unsent keeps it waiting for a quarter of an hour.
+        """
+        for stream in list(self._streams):
+            if stream.home and not _is_ours(stream.home):
+                stream.lose(f"{stream.home[0]} is not an address of this machine any more")
+
     async def close(self) -> None:
         """Stop listening and cut every connection."""
         self._closed = True
@@ -268,3 +278,14 @@ def listen(host: str, port: int) -> socket.socket:
             code="no-address",
         ) from error
     return sock
+
+
+def _is_ours(home: tuple[Any, ...]) -> bool:
+    """Whether an address can be bound here: the system's own word, temporary and link-local ones included."""
+    family = socket.AF_INET6 if ":" in home[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((home[0], 0, *home[2:]))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True

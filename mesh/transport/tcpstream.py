@@ -9,7 +9,7 @@ import ssl
 import struct
 import sys
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from mesh.errors import TransportError
 from mesh.transport.lane import Sink
@@ -154,6 +154,11 @@ class TcpStream(asyncio.BufferedProtocol):
         """The other side's IP address."""
         name = None if self._transport is None else self._transport.get_extra_info("peername")
         return str(name[0]) if name else ""
+
+    @property
+    def home(self) -> tuple[Any, ...]:
+        """Our own end of the socket, as ``getsockname`` writes it; empty before there is one."""
+        return () if self._transport is None else tuple(self._transport.get_extra_info("sockname") or ())
 
     def trust(self) -> None:
         """The peer is known: let it have as much on the way as a member may."""

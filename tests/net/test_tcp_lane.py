@@ -453,3 +453,21 @@ def test_no_key_is_left_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     server_context(NodeKey.generate())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("address", "ours"), [("127.0.0.1", True), ("192.0.2.1", False), ("2001:db8::1", False)])
+def test_the_system_says_which_addresses_are_this_machines(address: str, ours: bool) -> None:
+    assert tcp._is_ours((address, 4242)) is ours
+
+
+async def test_streams_that_began_at_an_address_this_machine_has_left_end_and_others_do_not(
+    listener: Listener, dialer: TcpLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays, _ = await listener.pair(dialer)
+    goes, _ = await listener.pair(dialer, bytes(range(32)))
+    left = goes.home
+    monkeypatch.setattr(tcp, "_is_ours", lambda home: home != left)
+    dialer.cut_homeless()
+    with pytest.raises(TransportError, match="not an address of this machine"):
+        await goes.read()
+    await stays.write(b"still here")
