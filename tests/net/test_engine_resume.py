@@ -460,9 +460,9 @@ async def test_ids_follow_from_the_name_of_the_request(engine: Engine, model: Pa
             def ask_as(port: int, who: str, case: Case = case) -> Stream:
                 return tell(port, case.path, stream(case), origin(who))
 
-            one, again, other = await asyncio.gather(
-                *(asyncio.to_thread(ask_as, port, who) for port, who in ((first, "aa"), (second, "aa"), (first, "bb")))
-            )
+            one, again = await asyncio.gather(*(asyncio.to_thread(ask_as, port, "aa") for port in (first, second)))
+            # Not beside the others: with somebody else in the batch a model may say one call more.
+            other = await asyncio.to_thread(ask_as, first, "bb")
             assert ids(one) == ids(again)
             assert not ids(one) & ids(other)
             assert all(len(found) >= 32 for found in ids(one))
