@@ -77,22 +77,8 @@ def llama_server_command(
     # Alone as in a ring, so that a conversation that moves from one to the other is computed by the same kernels.
     env = {"MESH_MICRO_BATCH": str(micro_batch(layout))}
     if layout.workers:
-        argv += split_arguments(layout, endpoints, gpu_layers)
-        # Checkpoints are made in host memory, and would drag the KV cache through the network. A mapped file would be
-        # read in whole, the workers' layers included.
-        argv += ["-lm", "none", "-ctxcp", "0"]
-        # A token goes around the ring before anybody is told of it (supervise/probe.py): one more would be for nothing.
-        argv += ["--no-warmup"]
-        # Workers never repack weights. Where the host's CPU would, its results depend on what else is in the batch, and
-        # the same prompt may be continued in two ways.
-        argv += ["--no-repack"]
-        env["MESH_GGUF_ID"] = layout.model.fingerprint
-        env["MESH_RPC_SECRET"] = _secret(rpc_secret)
-        if wire_dtype != "f32":
-            env["MESH_RPC_WIRE_DTYPE"] = wire_dtype
-        if len(layout.workers) > 1:
-            seats = zip(endpoints, layout.workers, strict=True)
-            env["MESH_RPC_RING"] = ",".join(f"{endpoint}={worker.id}" for endpoint, worker in seats)
+        argv += ring_arguments(layout, endpoints, gpu_layers)
+        env |= _ring_variables(layout, endpoints, rpc_secret, wire_dtype)
     else:
         argv += solo_arguments(layout.ring[0], gpu_layers)
     on_two_devices = not layout.workers and gpu_layers is not None
@@ -105,6 +91,31 @@ def llama_server_command(
     if api_key:
         env["LLAMA_API_KEY"] = api_key
     return Launch(tuple(argv), env)
+
+
+def ring_arguments(layout: Layout, endpoints: Sequence[str], gpu_layers: int | None = None) -> list[str]:
+    """What a server with workers is told that one alone is not."""
+    return [
+        *split_arguments(layout, endpoints, gpu_layers),
+        # Checkpoints are made in host memory, and would drag the KV cache through the network. A mapped file would be
+        # read in whole, the workers' layers included.
+        *("-lm", "none", "-ctxcp", "0"),
+        # A token goes around the ring before anybody is told of it (supervise/probe.py): one more would be for nothing.
+        "--no-warmup",
+        # Workers never repack weights. Where the host's CPU would, its results depend on what else is in the batch, and
+        # the same prompt may be continued in two ways.
+        "--no-repack",
+    ]
+
+
+def _ring_variables(layout: Layout, endpoints: Sequence[str], rpc_secret: bytes, wire_dtype: str) -> dict[str, str]:
+    env = {"MESH_GGUF_ID": layout.model.fingerprint, "MESH_RPC_SECRET": _secret(rpc_secret)}
+    if wire_dtype != "f32":
+        env["MESH_RPC_WIRE_DTYPE"] = wire_dtype
+    if len(layout.workers) > 1:
+        seats = zip(endpoints, layout.workers, strict=True)
+        env["MESH_RPC_RING"] = ",".join(f"{endpoint}={worker.id}" for endpoint, worker in seats)
+    return env
 
 
 def micro_batch(layout: Layout) -> int:

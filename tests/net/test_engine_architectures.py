@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from tests.fakes.architectures import ARCHITECTURES, FIRST_WORD, KINDS, LAYERS, VOCAB, WIDTH, write_architecture
 from tests.net.engine_kit import ask, serving
 from tests.net.push_kit import PushRing, push_ring
@@ -47,14 +47,6 @@ LONG = 640
 ACTIVATION = 4 * WIDTH
 WHOLE = {"gemma4"}
 """Their last layer computes every token of a prompt, where others keep to the ones that are asked for."""
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 def prompt(n: int, seed: int) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.models.gguf import inspect
 from mesh.models.write import split_gguf
 from mesh.plan.costs import Costs
@@ -32,14 +32,6 @@ SIZES = [(2048, 2), (4096, 1), (512, 4)]
 _BUFFER = re.compile(
     r"([A-Za-z0-9_]+)(?:\[127\.0\.0\.1:(\d+)\])? +(model|output|KV|RS|compute) buffer size = +([0-9.]+) MiB"
 )
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 def allocated(lines: list[str]) -> dict[str, float]:

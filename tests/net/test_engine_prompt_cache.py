@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
 from mesh.wire.facts import Layout
 from tests.eventually import eventually
@@ -40,14 +40,6 @@ KV = 512
 ACTIVATION = 4 * WIDTH
 LONG, WORDS = 1000, 8
 COPY_BYTES = 24
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.models.demo import write_demo
 from tests.eventually import eventually
 from tests.net.engine_kit import ask, running, serving
@@ -26,14 +26,6 @@ SHORT = "Three machines under one roof agreed"
 LONG = " ".join(f"{n} is a number and so is {n * n}," for n in range(110))
 """More than two micro-batches of 512 tokens."""
 SEVERAL = [f"Room {n} of the house is" for n in range(4)]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from tests.eventually import eventually
 from tests.net.engine_kit import free_port, write_model
 from tests.net.push_kit import (
@@ -34,14 +34,6 @@ pytestmark = pytest.mark.engine
 
 OLD, NEW = 11, 12
 """Generations: what a client calls itself."""
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from bench.noise import Q8_0
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.models.demo import write_demo
 from tests.eventually import eventually
 from tests.fakes.architectures import write_architecture
@@ -30,14 +30,6 @@ ENDLESS: dict[str, Any] = {"prompt": [1, 300, 301], "n_predict": -1, "ignore_eos
 """With a context that shifts."""
 FEW_WORDS: dict[str, Any] = {"prompt": [1, 400, 401], "n_predict": 64, "ignore_eos": True}
 SOON_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

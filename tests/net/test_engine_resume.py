@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from tests.fakes.architectures import FIRST_WORD, KINDS, VOCAB, write_architecture
 from tests.net.engine_kit import ask, serving, write_model
 from tests.net.push_kit import push_ring
@@ -149,14 +149,6 @@ CASES = {
         | CALL,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

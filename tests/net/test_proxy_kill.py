@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.errors import TransportError
 from mesh.proxy import http
 from mesh.proxy.dialect import COMMENT
@@ -42,14 +42,6 @@ DIALECTS = {
     "/v1/messages": TALK | LONG | {"max_tokens": 400},
     "/v1/responses": LONG | {"input": "Tell me", "max_output_tokens": 400},
 }
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.transport.lane import Stream
 from mesh.tunnel import HttpTunnel
 from mesh.wire.facts import Epoch
@@ -72,14 +72,6 @@ _MADE_UP = frozenset(
     | {"input_tokens_details", "prompt_tokens_details", "cache_read_input_tokens", "input_tokens", "tokens_cached"}
     | {"tokens_evaluated", "id_slot", "prompt_n", "cache_n", "seed", "score"}
 )
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")
