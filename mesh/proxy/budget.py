@@ -30,11 +30,15 @@ class Share:
         self.size += size
         return True
 
+    def free(self) -> None:
+        """Give all of it back."""
+        self.budget.used -= self.size
+        self.size = 0
+
     def __enter__(self) -> Share:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.budget.used -= self.size
-        self.size = 0
+        self.free()

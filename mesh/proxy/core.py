@@ -2,12 +2,14 @@
 
     HELD ----Served----> ASKED ----Began----> STREAMING ----Completed----> (done)
      ^  \\                | |  \\__Completed___________________________________^
-     |   deadline: Fail  | |Refused: Fail        |
+     |   deadline: Fail  | |Refused: Fail, or    |
+     |                   | |from the start       |
      |___________________|Lost: replay           |Lost
      |___________________________________________|  resume, when the transcript can be continued; else Fail
 
 A request leaves when it is completed, failed, or its client departed. The ingress holds what it needs to ask again: the
-request's body, and of a stream the transcript. A stream that began goes only to an engine with the very same model.
+request's body, and the transcript of the answer so far. Only an engine with the very same model goes on with an answer.
+A stream that began has no other way; an answer that comes whole, of which its client has nothing, may begin anew.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from enum import Enum
 from mesh.proxy import failure
 from mesh.proxy.events import (
     Abandon,
+    Advanced,
     Arrived,
     Began,
     Closing,
@@ -106,13 +109,16 @@ class _Request:
     """On the layout of ``epoch``."""
     losses: int = 0
     fruitless: int = 0
-    """Losses since the client last got something."""
+    """Losses since there was last more of the answer."""
     asked_of: _Route | None = None
     """The layout of the newest attempt; of a begun stream, one with the model it began with."""
     begun: bool = False
     promised: bool = False
     """The head of an event stream has gone out."""
     resumable: bool = False
+    """The transcript can be continued."""
+    anew: bool = False
+    """An engine would not continue it: where that is possible, it begins from the start each time."""
     reason: str = ""
 
 
@@ -258,13 +264,23 @@ class Core:
         request.fruitless = 0
         return []
 
+    def _record(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
+        request.fruitless = 0
+        request.resumable = not request.anew
+        return []
+
     def _spoil(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         request.resumable = False
         return []
 
     def _refuse(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         assert isinstance(event, Refused)
-        return self._fail(request, failure.cannot_resume(event.reason))
+        if request.begun:
+            return self._fail(request, failure.cannot_resume(event.reason))
+        request.anew = True
+        request.resumable = False
+        request.deadline = now + request.patience_s
+        return self._lose(request, Loss.UNREACHED, event.reason, planned=False, now=now)
 
     def _complete(self, request: _Request, event: RequestEvent, now: float) -> list[Effect]:
         del self._requests[request.id]
@@ -304,13 +320,15 @@ class Core:
         assert self._route is not None
         if not means(request.model, self._route.model_name):
             return self._fail(request, failure.model_not_found(request.model or "", self._route.model_name))
-        if request.begun and request.asked_of is not None and not self._route.has_model_of(request.asked_of):
-            return self._fail(request, failure.cannot_resume(f'the mesh serves "{self._route.model_name}" now'))
+        if request.asked_of is not None and not self._route.has_model_of(request.asked_of):
+            if request.begun:
+                return self._fail(request, failure.cannot_resume(f'the mesh serves "{self._route.model_name}" now'))
+            request.resumable = False
         request.asked_of = self._route
         request.phase = Phase.ASKED
         request.attempt += 1
         request.epoch = self._route.epoch
-        return [Dispatch(request.id, request.attempt, self._route.epoch, resume=request.begun)]
+        return [Dispatch(request.id, request.attempt, self._route.epoch, resume=request.resumable)]
 
     def _fail(self, request: _Request, why: Failure) -> list[Effect]:
         del self._requests[request.id]
@@ -371,6 +389,8 @@ _TRANSITIONS: dict[tuple[Phase, type], _Step] = {
     (Phase.HELD, Departed): Core._depart,
     (Phase.ASKED, Departed): Core._depart,
     (Phase.ASKED, Began): Core._begin,
+    (Phase.ASKED, Advanced): Core._record,
+    (Phase.ASKED, Spoiled): Core._spoil,
     (Phase.ASKED, Completed): Core._complete,
     (Phase.ASKED, Lost): Core._lost,
     (Phase.ASKED, Refused): Core._refuse,

@@ -77,6 +77,14 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
+class Advanced:
+    """More tokens of an answer that will come whole are on record; its client has nothing yet."""
+
+    request: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class Spoiled:
     """What the client has got is not recorded any more: the answer cannot be continued after a loss."""
 
@@ -130,7 +138,7 @@ class Tick:
     """The time of :meth:`Core.next_timer` has come."""
 
 
-RequestEvent = Departed | Began | Spoiled | Refused | Completed | Lost
+RequestEvent = Departed | Began | Advanced | Spoiled | Refused | Completed | Lost
 Event = Served | Unserved | Arrived | RequestEvent | Closing | Stopped | Tick
 
 
@@ -139,7 +147,7 @@ Event = Served | Unserved | Arrived | RequestEvent | Closing | Stopped | Tick
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Ask the engine of ``epoch``. With ``resume``: not from the start, but from where the transcript ends."""
+    """Ask the engine of ``epoch``. With ``resume``: from where the transcript ends, else from the start."""
 
     request: RequestId
     attempt: int

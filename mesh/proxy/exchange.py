@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +15,7 @@ from mesh.proxy.budget import Budget, Share
 from mesh.proxy.dialect import Dialect, error_message
 from mesh.proxy.events import (
     Abandon,
+    Advanced,
     Began,
     Comfort,
     Completed,
@@ -32,6 +33,7 @@ from mesh.proxy.metrics import StreamTimes
 from mesh.proxy.origin import Origin
 from mesh.proxy.reply import ClientGone, Reply
 from mesh.proxy.resume import RESUME_HEADER, may_be_wrapped, wrap
+from mesh.proxy.told import ToldAnswer, is_told
 from mesh.proxy.transcript import TOKEN_BYTES, Portion, Transcript
 from mesh.proxy.upstream import Answer, Headers, Upstream, UpstreamLost
 
@@ -169,19 +171,26 @@ class Exchange:
         upstream = self._hub.upstream_of(order)
         if upstream is None:
             raise UpstreamLost(Loss.UNREACHED, "the layout is gone")
-        ask, choices = self.ask, self._transcript.choices
-        self._transcript.restart()
+        ask = self.ask
+        if order.resume:
+            self._transcript.restart()
+        else:  # the client has nothing yet, whatever was promised
+            self._transcript = Transcript()
+            self._tokens.free()
+        choices = self._transcript.choices
         headers = [*ask.headers, ask.origin.header(self._hub.clock.now() - self._arrived)]
         pieces: tuple[bytes, ...] = (ask.body,) if ask.body or ask.method in ("POST", "PUT", "PATCH") else ()
-        if choices:  # else the client has nothing yet, whatever was promised
+        if choices:
             headers.append(RESUME_HEADER)
             pieces = wrap(ask.body, choices)
         # The connection is free again before the client hears the end, so that its next request finds it.
         async with await upstream.ask(ask.method, ask.target, headers, pieces) as answer:
-            if _content_type(answer).startswith(b"text/event-stream"):
+            if is_told(answer.headers):
+                say_last = await self._pass_told(order, answer, resumes=bool(choices))
+            elif _content_type(answer).startswith(b"text/event-stream"):
                 say_last = await self._pass_events(order, answer)
             else:
-                say_last = await self._pass_whole(order, answer)
+                say_last = await self._pass_plain(order, answer, resumes=bool(choices))
         if say_last is not None:
             await self._finish(order, say_last)
 
@@ -228,28 +237,64 @@ class Exchange:
             self._spoilt = True
             self._hub.tell(Spoiled(self.id, order.attempt))
 
-    async def _pass_whole(self, order: Dispatch, answer: Answer) -> _Say | None:
-        """Nothing is sent until all is here, so the loss of the engine can be made good; unless it is too much."""
+    async def _pass_plain(self, order: Dispatch, answer: Answer, *, resumes: bool) -> _Say | None:
+        async with aclosing(answer.parts()) as parts:
+            return await self._pass_whole(order, lambda: (answer.status, answer.headers), parts, resumes=resumes)
+
+    async def _pass_told(self, order: Dispatch, answer: Answer, *, resumes: bool) -> _Say | None:
+        told = ToldAnswer(self._transcript)
+        async with aclosing(answer.parts()) as parts, aclosing(self._listen(order, told, parts)) as body:
+            return await self._pass_whole(order, lambda: (told.status or 500, told.headers), body, resumes=resumes)
+
+    async def _listen(self, order: Dispatch, told: ToldAnswer, parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        """The body of an answer that comes whole; what it is made of goes on record before."""
+        transcript = self._transcript
+        wrappable = may_be_wrapped(self.ask.body)
+        try:
+            async for part in parts:
+                body, fresh = told.feed(part)
+                if not self._tokens.take(fresh * TOKEN_BYTES):
+                    transcript.spoiled = True
+                if fresh and wrappable:
+                    news = Advanced if transcript.resumable else Spoiled
+                    self._hub.tell(news(self.id, order.attempt))
+                if body:
+                    yield body
+            yield told.finish()
+        except ValueError as error:
+            raise UpstreamLost(Loss.BROKEN, f"the engine's answer is not understood: {error}") from error
+
+    async def _pass_whole(
+        self, order: Dispatch, head: Callable[[], tuple[int, Headers]], parts: AsyncIterator[bytes], *, resumes: bool
+    ) -> _Say | None:
+        """Nothing is sent until all is here, so the loss of the engine can be made good; unless it is too much.
+
+        Args:
+            head: status and headers, to be asked for once the first part is here.
+            resumes: the engine was asked to go on with an answer.
+        """
         held: list[bytes] = []
         with Share(self._hub.budget) as share:
-            async with aclosing(answer.parts()) as parts:
-                async for part in parts:
-                    held.append(part)
-                    if share.size + len(part) > MAX_BUFFERED_ANSWER or not share.take(len(part)):
-                        return await self._pass_bytes(order, answer, b"".join(held), parts)
+            async for part in parts:
+                held.append(part)
+                if share.size + len(part) > MAX_BUFFERED_ANSWER or not share.take(len(part)):
+                    return await self._pass_bytes(order, head(), b"".join(held), parts)
             body = b"".join(held)
-            if answer.status == 503 and len(body) < _MAX_LOADING_BODY and b"oading model" in body:
+            status, headers = head()
+            if status == 503 and len(body) < _MAX_LOADING_BODY and b"oading model" in body:
                 raise UpstreamLost(Loss.LOADING, "the engine is loading the model")
-            if self._transcript.choices and answer.status >= 500:
-                raise UpstreamLost(Loss.BROKEN, f"the engine answered {answer.status}: {error_message(body)}")
-            if self._transcript.choices:
+            if resumes and status >= 500:
+                raise UpstreamLost(Loss.BROKEN, f"the engine answered {status}: {error_message(body)}")
+            if resumes and status != 200:
                 self._hub.tell(Refused(self.id, order.attempt, error_message(body)))
                 return None
-            return partial(self._reply.whole, answer.status, answer.headers, body)
+            return partial(self._reply.whole, status, headers, body)
 
-    async def _pass_bytes(self, order: Dispatch, answer: Answer, first: bytes, parts: AsyncIterator[bytes]) -> _Say:
+    async def _pass_bytes(
+        self, order: Dispatch, head: tuple[int, Headers], first: bytes, parts: AsyncIterator[bytes]
+    ) -> _Say:
         self._hub.tell(Began(self.id, order.attempt))
-        await self._reply.begin_bytes(answer.status, answer.headers)
+        await self._reply.begin_bytes(*head)
         await self._reply.write(first)
         async for part in parts:
             await self._reply.write(part)

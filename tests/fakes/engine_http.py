@@ -1,7 +1,7 @@
 """A llama-server that needs no model: real HTTP over TCP or any stream, and every misfortune on demand.
 
-Asked by an ingress it traces its streams and continues them, as the patched engine does: one group of blocks for each
-word, whose token is :func:`token_of` its place.
+Asked by an ingress it traces its answers and continues them, as the patched engine does: one group of blocks for each
+word, whose token is :func:`token_of` its place. Of answers that are no streams it tells word by word, and says them then.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class FakeEngine:
     Args:
         words: what it generates.
         step: when set, each word waits for one ``release()`` of it.
-        break_after: cut the connection after so many words of a stream, or before an answer that is not one (0).
-        dies_after: the same, counted from where each stream begins or is continued.
+        break_after: cut the connection after so many words.
+        dies_after: the same, counted from where each answer begins or is continued.
         break_at: cut the connection after so many bytes of a stream's events; once.
         end_after: end the stream in good order after so many words, but without its end mark.
         blocks: of how many blocks a word's group consists.
@@ -52,7 +52,8 @@ class FakeEngine:
         error_after: say so many words of a stream, then an error event.
         loading: answer 503 as while the model is read.
         hang: take requests and never answer.
-        large_answer: bytes added to answers that echo the request.
+        whole_status: of answers that are no streams and were told of.
+        large_answer: bytes added to answers that echo the request, or were told of.
         cut_bodies: reset the connection in the middle of such answers.
     """
 
@@ -70,6 +71,7 @@ class FakeEngine:
     loading: bool = False
     hang: bool = False
     api_key: str = KEY
+    whole_status: int = 200
     large_answer: int = 0
     cut_bodies: bool = False
     seen: list[Seen] = field(default_factory=list)
@@ -204,12 +206,10 @@ class FakeEngine:
         elif ask.get("stream") is True:
             traces = self.traces and "x-mesh-request" in seen.headers
             await self._stream(connection, stream, path, given, start, traces)
+        elif path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
+            await self._whole(connection, stream, start, self.traces and "x-mesh-request" in seen.headers)
         elif self.break_after == 0:
             stream.abort()
-        elif path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
-            async for _ in self._generate():
-                pass
-            await _send_json(connection, stream, 200, {"choices": [{"text": "".join(self.words)}]})
         else:
             echo = {"path": seen.target, "method": seen.method, "size": len(seen.body)}
             echo["sha256"] = hashlib.sha256(seen.body).hexdigest()
@@ -222,6 +222,29 @@ class FakeEngine:
             if self.step is not None:
                 await self.step.acquire()
             yield word
+
+    async def _whole(self, connection: h11.Connection, stream: Stream, start: int, tells: bool) -> None:
+        answer = {"choices": [{"text": "".join(self.words)}], **({"large": "x" * self.large_answer} if tells else {})}
+        dies_at = self.break_after if self.dies_after is None else start + self.dies_after
+        said = start
+        if tells:
+            headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), ("X-Mesh-Whole", "1")]
+            await stream.write(connection.send(h11.Response(status_code=200, headers=headers)) or b"")
+        async for _ in self._generate(start):
+            if said == dies_at:
+                break
+            if tells:
+                trace = f": mesh 0 1 {token_of(said)}\n:\n\n".encode()
+                await stream.write(connection.send(h11.Data(data=trace)) or b"")
+            said += 1
+        if said == dies_at:
+            stream.abort()
+        elif tells:
+            event = f"event: {self.whole_status}\ndata: {json.dumps(answer)}\n\n".encode()
+            await stream.write(connection.send(h11.Data(data=event)) or b"")
+            await stream.write(connection.send(h11.EndOfMessage()) or b"")
+        else:
+            await _send_json(connection, stream, 200, answer)
 
     async def _stream(
         self, connection: h11.Connection, stream: Stream, path: str, given: list[int], start: int, traces: bool

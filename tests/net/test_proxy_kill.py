@@ -1,4 +1,4 @@
-"""Streams through an ingress while real engines die: what arrives is what an engine that lived would have said.
+"""Answers through an ingress while real engines die: what arrives is what an engine that lived would have said.
 
 The engine's own tests cut answers between any two groups; here the bytes of its HTTP are cut, and processes killed.
 """
@@ -42,6 +42,10 @@ DIALECTS = {
     "/v1/messages": TALK | LONG | {"max_tokens": 400},
     "/v1/responses": LONG | {"input": "Tell me", "max_output_tokens": 400},
 }
+WHOLE = {path: Case(path, body) for path, body in DIALECTS.items()} | {
+    name: case for name, case in CASES.items() if not case.body.keys() & {"n_probs", "logprobs"}
+}
+"""Asked for without a stream."""
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,7 @@ class Cut:
         self._stream = stream
         self._after = after
         self.brought = 0
+        self.asked = b""
 
     @property
     def closed(self) -> bool:
@@ -92,6 +97,7 @@ class Cut:
         raise NotImplementedError
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.asked += data
         await self._stream.write(data)
 
     async def write_eof(self) -> None:
@@ -179,16 +185,51 @@ async def test_a_killed_engine_is_not_noticed_by_who_reads_the_stream(engine: En
         assert (counters.completed, counters.resumed, counters.failed) == (10, 5, 0)
 
 
-@pytest.mark.parametrize("path", DIALECTS)
-async def test_an_answer_that_is_not_streamed_is_the_same_after_a_kill(engine: Engine, model: Path, path: str) -> None:
-    body = DIALECTS[path] | {"stream": False}
-    async with server(engine, model) as (process, port), server(engine, model) as (_, other), an_ingress() as ingress:
-        ingress.serve_tcp(other)
-        whole = await ingress.client.post(path, json=body)
-        ingress.serve_tcp(port, 2)
-        asking = asyncio.create_task(ingress.client.post(path, json=body))
-        await eventually(lambda: ingress.proxy.counters.active)
-        process.handle.kill()
-        await process.ended()
-        ingress.serve_tcp(other, 3)
-        assert plain("data: " + (await asking).text) == plain("data: " + whole.text)
+@pytest.mark.parametrize("name", WHOLE)
+async def test_an_answer_that_is_not_streamed_goes_on_wherever_it_was_cut(
+    engine: Engine, model: Path, name: str
+) -> None:
+    case = WHOLE[name]
+    body = {**case.body, "stream": False}
+    async with server(engine, model) as (_, first), server(engine, model) as (_, second), an_ingress() as ingress:
+        cutting = Cutting(ingress, first, second)
+        cutting.serve(None)
+        whole = await ingress.client.post(case.path, json=body)
+        assert whole.headers["content-type"].startswith("application/json")
+        before_it = cutting.streams[0].brought - len(whole.content)
+        went_on = 0
+        for cut in random.Random(name).sample(range(before_it // 2, before_it), CUTS):
+            cutting.serve(cut)
+            answer = await ingress.client.post(case.path, json=body)
+            assert plain("data: " + answer.text) == plain("data: " + whole.text), cut
+            assert len(cutting.streams) == 2, "it was not cut"
+            went_on += b"X-Mesh-Resume" in cutting.streams[1].asked
+        assert went_on or case.choices > 1, "each began anew"
+        assert ingress.proxy.counters.resumed == CUTS and ingress.proxy.counters.failed == 0
+
+
+@pytest.mark.parametrize("name", ["completions", "completion with tokens and probabilities"])
+async def test_an_answer_with_probabilities_that_is_not_streamed_begins_anew(
+    engine: Engine, model: Path, name: str
+) -> None:
+    # Of the words that another engine has said nobody knows any more what else they could have been.
+    case = CASES[name]
+    body = {**case.body, "stream": False}
+    async with server(engine, model) as (_, first), server(engine, model) as (_, second), an_ingress() as ingress:
+        cutting = Cutting(ingress, first, second)
+        cutting.serve(None)
+        whole = await ingress.client.post(case.path, json=body)
+        cutting.serve(cutting.streams[0].brought - len(whole.content) // 2)
+        answer = await ingress.client.post(case.path, json=body)
+        assert len(cutting.streams) == 2 and b"X-Mesh-Resume" not in cutting.streams[1].asked
+        assert plain("data: " + answer.text) == plain("data: " + whole.text)
+
+
+async def test_a_wrong_request_that_is_not_streamed_gets_the_engines_own_error(engine: Engine, model: Path) -> None:
+    async with server(engine, model) as (_, port), an_ingress() as ingress:
+        ingress.serve_tcp(port)
+        too_long = await ingress.client.post("/v1/completions", json={"prompt": "word " * 3 * CONTEXT})
+        assert too_long.status_code == 400 and too_long.json()["error"]["type"] == "exceed_context_size_error"
+        wrong = await ingress.client.post("/completion", json={"prompt": "a", "grammar": "root ::= ("})
+        assert wrong.status_code == 400 and "error" in wrong.json()
+        assert int(wrong.headers["content-length"]) == len(wrong.content)

@@ -265,3 +265,69 @@ async def test_a_replayed_answer_is_asked_for_under_the_same_id_and_seed_and_its
         assert (first["id"], first["seed"]) == (last["id"], last["seed"])
         assert last["age_ms"] >= first["age_ms"] + 50
         assert "x-mesh-resume" not in engine.seen[-1].headers
+
+
+# -- answers that come whole -----------------------------------------------------------------------------------------
+
+
+async def asked(ingress: Ingress) -> Any:
+    answer = await ingress.client.post(CHAT, json={"prompt": "Say"})
+    assert answer.headers["content-type"].startswith("application/json") and "x-mesh-whole" not in answer.headers
+    return answer.status_code, answer.json()
+
+
+async def test_an_answer_that_comes_whole_goes_on_in_another_engine() -> None:
+    like = {"words": WORDS}
+    said = (200, {"choices": [{"text": "".join(WORDS)}]})
+    async with an_ingress() as ingress:
+        for cut in range(len(WORDS)):
+            async with an_engine(**like, break_after=cut) as (first, port), an_engine(**like) as (second, other):
+                ingress.serve_tcp(port, number=2 * cut + 1)
+                asking = asyncio.create_task(asked(ingress))
+                await eventually(lambda first=first: first.seen and not first.active)  # type: ignore[misc]
+                ingress.serve_tcp(other, number=2 * cut + 2)
+                assert await asking == said
+                after = second.seen[-1]
+                assert ("x-mesh-resume" in after.headers) is (cut > 0)
+                if cut:
+                    tokens = [token_of(n) for n in range(cut)]
+                    assert json.loads(after.body)["choices"] == [{"tokens": tokens, "end": False}]
+        assert answered(ingress) == (len(WORDS), len(WORDS), 0)
+
+
+async def test_an_answer_that_comes_whole_outlives_engines_as_long_as_there_is_progress() -> None:
+    words = [f"{n} " for n in range(12)]
+    async with an_engine(words=words, dies_after=1) as (engine, port), an_ingress(AT_ONCE) as ingress:
+        ingress.serve_tcp(port)
+        assert await asked(ingress) == (200, {"choices": [{"text": "".join(words)}]})
+        assert len(engine.seen) == len(words) + 1
+        assert answered(ingress) == (1, 1, 0)
+
+
+async def test_an_answer_that_comes_whole_begins_anew_where_it_is_not_continued() -> None:
+    async with an_engine(break_after=2, refuses=True) as (first, port), an_engine() as (second, other):
+        async with an_ingress() as ingress:
+            ingress.serve_tcp(port)
+            asking = asyncio.create_task(asked(ingress))
+            await eventually(lambda: len(first.seen) > 1 and "x-mesh-resume" in first.seen[1].headers)
+            ingress.serve_tcp(other, number=2)
+            assert (await asking)[0] == 200
+            assert "x-mesh-resume" not in second.seen[-1].headers
+
+
+async def test_an_engines_own_error_is_the_answer_also_after_it_was_told_of() -> None:
+    async with an_engine(whole_status=500) as (engine, port), an_ingress(AT_ONCE) as ingress:
+        ingress.serve_tcp(port)
+        assert (await asked(ingress))[0] == 500
+        assert len(engine.seen) == 1
+
+
+async def test_an_answer_that_was_told_of_and_is_too_large_to_hold_is_passed_on_as_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mesh.proxy.exchange.MAX_BUFFERED_ANSWER", 1 << 20)
+    async with an_engine(large_answer=3 << 20) as (_, port), an_ingress() as ingress:
+        ingress.serve_tcp(port)
+        status, answer = await asked(ingress)
+        assert status == 200 and len(answer["large"]) == 3 << 20
+        assert ingress.proxy.budget.used == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import settings
@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mesh.proxy.core import Core, Limits
 from mesh.proxy.events import (
     Abandon,
+    Advanced,
     Arrived,
     Began,
     Closing,
@@ -222,6 +223,57 @@ def test_a_stream_is_continued_by_the_very_model_it_began_with() -> None:
     assert core.handle(Served(TWO, "tiny", "f"), 3.0) == [Dispatch(1, 2, TWO, resume=True)]
 
 
+def told(core: Core) -> Core:
+    """Of an answer that comes whole, some tokens are on record."""
+    core.handle(Arrived(1), 0.0)
+    core.handle(Advanced(1, 1), 1.0)
+    return core
+
+
+def test_an_answer_that_comes_whole_goes_on_where_its_engine_was_lost() -> None:
+    core = told(serving())
+    core.handle(Unserved("the host died"), 2.0)
+    assert core.handle(Served(TWO, "tiny"), 3.0) == [Dispatch(1, 2, TWO, resume=True)]
+    core.handle(Completed(1, 2), 4.0)
+    assert (core.counters.completed, core.counters.resumed) == (1, 1)
+
+
+def test_an_answer_that_comes_whole_and_makes_progress_outlives_any_number_of_engines() -> None:
+    core = told(serving(limits=Limits(max_losses=1)))
+    for number in range(2, 10):
+        core.handle(Unserved("crashed"), float(number))
+        (order,) = core.handle(Served(Epoch(number, "a" * 26), "tiny"), number + 0.5)
+        assert order == Dispatch(1, number, Epoch(number, "a" * 26), resume=True)
+        core.handle(Advanced(1, number), number + 0.6)
+    assert core.counters.failed == 0
+
+
+def test_an_answer_that_comes_whole_begins_anew_where_it_cannot_go_on() -> None:
+    core = told(serving())
+    core.handle(Unserved("the host died"), 2.0)
+    core.handle(Served(TWO, "tiny"), 3.0)
+    assert core.handle(Refused(1, 2, "an image"), 40.0) == []
+    assert core.handle(Tick(), 40.05) == [Dispatch(1, 3, TWO)]
+    # Nobody asks in vain again, and an engine's death at the same place each time comes to an end.
+    core.handle(Advanced(1, 3), 41.0)
+    core.handle(Unserved("the host died"), 42.0)
+    assert core.handle(Served(THREE, "tiny"), 43.0) == [Dispatch(1, 4, THREE)]
+
+
+def test_an_answer_that_comes_whole_begins_anew_with_another_model() -> None:
+    core = Core()
+    core.handle(Served(ONE, "tiny", "f"), 0.0)
+    told(core).handle(Unserved("the host died"), 2.0)
+    assert core.handle(Served(TWO, "tiny", "other"), 3.0) == [Dispatch(1, 2, TWO)]
+
+
+def test_an_answer_that_comes_whole_and_is_not_all_on_record_begins_anew() -> None:
+    core = told(serving())
+    core.handle(Spoiled(1, 1), 1.5)
+    core.handle(Unserved("the host died"), 2.0)
+    assert core.handle(Served(TWO, "tiny"), 3.0) == [Dispatch(1, 2, TWO)]
+
+
 def test_a_stream_that_makes_progress_outlives_any_number_of_engines() -> None:
     core = Core(Limits(max_losses=1))
     core.handle(Served(ONE, "tiny"), 0.0)
@@ -329,7 +381,8 @@ class Shadow:
     """Something of this attempt has gone to the client."""
     begun: bool = False
     resumable: bool = False
-    epochs: list[Epoch] = field(default_factory=list)
+    refused: bool = False
+    """It begins anew each time."""
 
 
 class RequestsUnderChange(RuleBasedStateMachine):
@@ -355,8 +408,8 @@ class RequestsUnderChange(RuleBasedStateMachine):
                     assert shadow is not None and not shadow.under_way, "one upstream at a time"
                     assert effect.attempt == shadow.attempt + 1
                     assert effect.epoch == self.epoch, "only the layout that serves is asked"
-                    assert effect.resume == shadow.begun, "an answer that was begun is never asked for from the start"
-                    assert not shadow.begun or shadow.resumable, "only what is recorded is continued"
+                    assert effect.resume or not shadow.begun, "an answer that was begun is not asked for from the start"
+                    assert effect.resume == shadow.resumable, "what is recorded is continued, and nothing else"
                     shadow.attempt, shadow.under_way, shadow.speaks = effect.attempt, True, False
                 case Abandon():
                     if shadow is not None:
@@ -414,21 +467,32 @@ class RequestsUnderChange(RuleBasedStateMachine):
         shadow.resumable = resumable
         self.send(Began(number, shadow.attempt, resumable))
 
-    @precondition(lambda self: any(s.under_way and s.speaks for s in self.requests.values()))
+    @precondition(lambda self: any(s.under_way and not s.begun for s in self.requests.values()))
+    @rule(data=st.data())
+    def answer_that_comes_whole_advances(self, data: st.DataObject) -> None:
+        ready = [n for n, shadow in self.requests.items() if shadow.under_way and not shadow.begun]
+        number = data.draw(st.sampled_from(ready))
+        shadow = self.requests[number]
+        shadow.resumable = not shadow.refused
+        self.send(Advanced(number, shadow.attempt))
+
+    @precondition(lambda self: any(s.under_way and (s.speaks or not s.begun) for s in self.requests.values()))
     @rule(data=st.data())
     def record_is_spoiled(self, data: st.DataObject) -> None:
-        ready = [n for n, shadow in self.requests.items() if shadow.under_way and shadow.speaks]
+        ready = [n for n, s in self.requests.items() if s.under_way and (s.speaks or not s.begun)]
         number = data.draw(st.sampled_from(ready))
         self.requests[number].resumable = False
         self.send(Spoiled(number, self.requests[number].attempt))
 
-    @precondition(lambda self: any(s.under_way and s.begun and not s.speaks for s in self.requests.values()))
+    @precondition(lambda self: any(s.under_way and s.resumable and not s.speaks for s in self.requests.values()))
     @rule(data=st.data())
     def continuation_is_refused(self, data: st.DataObject) -> None:
-        ready = [n for n, s in self.requests.items() if s.under_way and s.begun and not s.speaks]
+        ready = [n for n, s in self.requests.items() if s.under_way and s.resumable and not s.speaks]
         number = data.draw(st.sampled_from(ready))
-        self.send(Refused(number, self.requests[number].attempt, "cannot"))
-        assert number in self.ended
+        shadow = self.requests[number]
+        shadow.under_way, shadow.resumable, shadow.refused = False, False, True
+        self.send(Refused(number, shadow.attempt, "cannot"))
+        assert (number in self.ended) is shadow.begun, "who has nothing yet begins anew"
 
     @precondition(lambda self: any(s.under_way for s in self.requests.values()))
     @rule(data=st.data())
