@@ -10,6 +10,8 @@ Messages are lost only with the link that carries them, so after every ``LinkUp`
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from mesh.election.claims import Claims, is_plausible
 from mesh.election.coordinate import Coordination, Timing, rightful, workers
 from mesh.election.damping import StandIn
@@ -100,7 +102,7 @@ class Election:
             reason = following.broken(view) or "looking for other machines"
         excluded = {**following.propose.excluded, **self._coordination.excluded}
         if not self._leads():
-            excluded = dict(following.propose.excluded)
+            excluded = {**following.propose.excluded, **self._coordination.held(view, self._now)}
         return Status(phase.value, following.epoch, reason, following.layout, excluded, self._leader)
 
     def next_timer(self) -> float | None:
@@ -178,7 +180,8 @@ class Election:
         following = self._following
         if following.epoch == NO_EPOCH:
             return
-        self._out += [Send(peer, following.propose), *self._progress(peer)]
+        held_off = self._coordination.holds.told(self._now)
+        self._out += [Send(peer, replace(following.propose, held_off=held_off)), *self._progress(peer)]
 
     def _progress(self, peer: NodeId) -> list[Effect]:
         """How far our part of the epoch has come, for ``peer``."""
@@ -203,7 +206,8 @@ class Election:
             return
         match message:
             case Propose():
-                self._proposed(sender, message, self._view, now)
+                self._coordination.holds.hear(message.held_off, now)
+                self._proposed(sender, replace(message, held_off={}), self._view, now)
             case Accepted(epoch):
                 if epoch == self._following.epoch:
                     self._coordination.accepted.add(sender)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 from mesh.wire.facts import NodeId
+from mesh.wire.messages import HeldOff
 
 
 class Backoff:
@@ -80,6 +81,15 @@ class HoldOffs:
 
     def held(self, now: float) -> dict[NodeId, str]:
         return {node: why for node, (until, why) in self._held.items() if now < until}
+
+    def told(self, now: float) -> dict[NodeId, HeldOff]:
+        """What another coordinator has to know."""
+        return {node: HeldOff(until - now, why[:1024]) for node, (until, why) in self._held.items() if now < until}
+
+    def hear(self, held_off: Mapping[NodeId, HeldOff], now: float) -> None:
+        """Believe another's memory, as far as a hold-off may last."""
+        for node, hold in held_off.items():
+            self.hold(node, hold.why, now + min(hold.seconds, self._cap))
 
     def next_end(self, now: float) -> float | None:
         return min((until for until, _ in self._held.values() if until > now), default=None)

@@ -268,6 +268,13 @@ class Approved(_Message, frozen=True, tag="approved"):
 # -- election and layout ---------------------------------------------------------------------------------------------
 
 
+class HeldOff(Struct, frozen=True):
+    """For how long a member is to be left out of layouts, because it failed too often of late."""
+
+    seconds: Annotated[float, Meta(ge=0, le=600)]
+    why: Text
+
+
 class Propose(_Message, frozen=True, tag="propose"):
     """This layout, by this number. ``layout`` None: nothing can run, ``reason`` says why."""
 
@@ -280,6 +287,8 @@ class Propose(_Message, frozen=True, tag="propose"):
     """The same layout was followed under this number: who runs it carries on, nothing restarts."""
     drain_s: Annotated[float, Meta(ge=0, le=600)] = 0.0
     """What runs is well: requests that it answers may finish for so many seconds before it is stopped."""
+    held_off: Annotated[dict[NodeId, HeldOff], Meta(max_length=256)] = {}
+    """As the sender remembers: who coordinates next may have forgotten, being one of them."""
 
 
 class Accepted(_Message, frozen=True, tag="accepted"):

@@ -35,7 +35,7 @@ from mesh.membership.events import Broadcast, Send
 from mesh.membership.view import Departed, Member, View
 from mesh.wire.codec import control_decoder, decode, encode
 from mesh.wire.facts import NO_EPOCH, Epoch, Layout, NodeFacts, RingMember
-from mesh.wire.messages import Accepted, EngineDown, Propose, Rejected, Serving, WorkerReady
+from mesh.wire.messages import Accepted, EngineDown, HeldOff, Propose, Rejected, Serving, WorkerReady
 from tests.sim.fakes import MODEL, facts_of, node_id, plan
 
 A, B, C, D = (node_id(i) for i in range(4))
@@ -721,6 +721,34 @@ def test_a_worker_that_keeps_going_away_is_held_off() -> None:
         told.join(facts_of(1))
         told.wait(1.0)
     assert any("keeps going away" in asked.excluded.get(B, "") for _, asked in told.asked)
+
+
+def test_a_coordinator_that_keeps_going_away_is_told_so_when_it_comes_back() -> None:
+    told = serving(1, 0, 2)
+    for _ in range(3):
+        told.lose(0)
+        told.wait(1.0)
+        effects = told.join(facts_of(0))
+        told.wait(1.0)
+    (said,) = [e.message for e in effects if isinstance(e, Send) and e.peer == A and isinstance(e.message, Propose)]
+    assert said.held_off.keys() == {A} and 13 <= said.held_off[A].seconds <= 15
+    decode(control_decoder, encode(said)[4:])
+    assert "keeps going away" in told.core.status().excluded[A], "everybody knows, and can say so"
+
+
+def test_a_coordinator_that_is_held_off_leaves_itself_out_and_what_runs_alone() -> None:
+    told = Told(0, 1, 2)
+    held_off = {A: HeldOff(15.0, "n0 keeps going away, 3 times of late")}
+    told.hear(1, replace(propose(4, 1, 1, 2), held_off=held_off))
+    told.hear(1, Serving(Epoch(4, B), "key"))
+    effects = told.wait(12.0)
+    assert not proposed(effects) and told.state == "serving", "what runs without it is left alone"
+    assert "keeps going away" in told.core.status().excluded[A]
+    told.wait(6.0)
+    assert [A in asked.excluded for _, asked in told.asked] == [True, False], "and thought of again when it is over"
+    effects = told.join(facts_of(3))
+    said = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Propose)]
+    assert [propose.held_off for propose in said] == [{}], "and is not passed on as if it were new"
 
 
 # -- healing -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.election.damping import Agenda, Backoff, HoldOffs, StandIn
+from mesh.wire.messages import HeldOff
 from tests.sim.fakes import node_id
 
 A = node_id(0)
@@ -57,6 +58,23 @@ def test_strikes_long_ago_are_forgotten() -> None:
     for at in (0.0, 1.0, 2.0, 500.0):
         holds.strike(A, "fell over", at)
     assert holds.held(500.0) == {}
+
+
+def test_a_hold_off_goes_on_with_another_coordinator_and_never_grows_by_being_told() -> None:
+    one, other = HoldOffs(), HoldOffs()
+    for at in (0.0, 1.0, 2.0):
+        one.strike(A, "fell over", at)
+    for at in (3.0, 4.0, 5.0):
+        other.hear(one.told(at), at)
+        one.hear(other.told(at), at)
+    assert other.next_end(5.0) == one.next_end(5.0) == 17.0
+    assert one.told(17.0) == other.told(17.0) == {}
+
+
+def test_a_member_cannot_have_another_held_off_for_ever() -> None:
+    holds = HoldOffs()
+    holds.hear({A: HeldOff(600.0, "I say so")}, 0.0)
+    assert holds.next_end(0.0) == 300.0
 
 
 def test_a_shorter_hold_off_does_not_cut_a_longer_one() -> None:
