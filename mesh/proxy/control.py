@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from mesh.errors import AdmissionError, MeshError, UsageError
 from mesh.proxy.guard import bearer, check_origin
-from mesh.proxy.upstream import Headers
+from mesh.proxy.http11 import Headers
 
 MAX_CONTROL_BODY = 1 << 20
 _STATUSES = {

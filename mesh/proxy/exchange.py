@@ -29,13 +29,14 @@ from mesh.proxy.events import (
     RequestId,
     Spoiled,
 )
+from mesh.proxy.http11 import Headers
 from mesh.proxy.metrics import StreamTimes
 from mesh.proxy.origin import Origin
 from mesh.proxy.reply import ClientGone, Reply
 from mesh.proxy.resume import RESUME_HEADER, may_be_wrapped, wrap
 from mesh.proxy.told import ToldAnswer, is_told
 from mesh.proxy.transcript import TOKEN_BYTES, Portion, Transcript
-from mesh.proxy.upstream import Answer, Headers, Upstream, UpstreamLost
+from mesh.proxy.upstream import Answer, Upstream, UpstreamLost
 
 MAX_BUFFERED_ANSWER = 32 << 20
 """Bytes of an answer that are held back so that it can be asked for again; a longer one is passed on as it comes."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 from mesh.proxy.failure import Failure, wrong_host, wrong_key, wrong_origin
-from mesh.proxy.upstream import Headers
+from mesh.proxy.http11 import Headers
 
 
 def header(headers: Headers, name: bytes) -> str | None:

@@ -24,9 +24,10 @@ from mesh.proxy.events import (
     Unserved,
 )
 from mesh.proxy.exchange import Ask, Exchange
+from mesh.proxy.http11 import Headers
 from mesh.proxy.metrics import Metrics
 from mesh.proxy.reply import Reply
-from mesh.proxy.upstream import IDLE_S, OPEN_S, Headers, Route, Upstream, UpstreamLost
+from mesh.proxy.upstream import IDLE_S, OPEN_S, Route, Upstream, UpstreamLost
 from mesh.pump import Pump
 
 MAX_PEEK_BYTES = 1 << 20

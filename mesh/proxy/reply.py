@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterable
 from enum import Enum
 
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from mesh.proxy.dialect import COMMENT, Dialect
 from mesh.proxy.failure import Failure
-from mesh.proxy.upstream import Headers
+from mesh.proxy.http11 import Headers
+from mesh.proxy.patience import within
 
 STALL_S = 60.0
 """A client that moves nothing for this long is gone: it would keep a slot of the engine from the others."""
@@ -86,8 +86,8 @@ class Reply:
             ClientGone: it has had none for too long.
         """
         try:
-            async with asyncio.timeout(self._stall_s):
-                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            message = {"type": "http.response.body", "body": data, "more_body": True}
+            await within(self._stall_s, _written(self._send, message))
         except TimeoutError as error:
             raise ClientGone from error
 
@@ -121,6 +121,10 @@ class Reply:
 
     async def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def _written(send: Send, message: Message) -> None:
+    await send(message)
 
 
 def failure_headers(failure: Failure, body: bytes) -> list[tuple[bytes, bytes]]:

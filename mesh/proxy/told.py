@@ -7,9 +7,9 @@ behind them, and one event whose name is the status and whose data is the body.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from mesh.proxy.transcript import Portion, Transcript
-from mesh.proxy.upstream import Headers
 
 _MARK = b"x-mesh-whole"
 _HEAD = re.compile(rb"[:\n]*event: ([1-5][0-9][0-9])\ndata: ")
@@ -17,7 +17,7 @@ _MAX_HEAD_BYTES = 64 << 10
 """Of comments in one piece of the stream; far more than a millisecond's worth of words."""
 
 
-def is_told(headers: Headers) -> bool:
+def is_told(headers: Sequence[tuple[bytes, bytes]]) -> bool:
     """Whether an answer with these headers comes this way."""
     return any(name.lower() == _MARK for name, _ in headers)
 

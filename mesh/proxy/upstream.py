@@ -7,28 +7,20 @@ with it.
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
-
-import httpcore
 
 from mesh.errors import MeshError, TransportError
 from mesh.proxy.events import Loss
+from mesh.proxy.http11 import Headers, Http11, Http11Error
 from mesh.transport.lane import Stream
 from mesh.wire.facts import Epoch, NodeId
-
-Headers = Sequence[tuple[bytes, bytes]]
 
 IDLE_S = 3.0
 """llama-server closes an idle connection after 5 s; going first spares a request the race."""
 MAX_IDLE = 8
 OPEN_S = 10.0
-_PIECE_BYTES = 64 << 10
-_COALESCE_BYTES = 16 << 10
-_ORIGIN = httpcore.Origin(b"http", b"engine.mesh", 80)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +54,11 @@ class UpstreamLost(TransportError):  # noqa: N818 - an outcome the core knows ho
 class Answer:
     """A response whose body is still on its way. Leave the context and the connection is kept, or cut if unfinished."""
 
-    def __init__(self, upstream: Upstream, connection: httpcore.AsyncHTTP11Connection, raw: httpcore.Response) -> None:
-        self.status: int = raw.status
-        self.headers: Headers = raw.headers
+    def __init__(self, upstream: Upstream, connection: Http11) -> None:
+        self.status = connection.status
+        self.headers = connection.headers
         self._upstream = upstream
         self._connection = connection
-        self._raw = raw
 
     async def parts(self) -> AsyncGenerator[bytes, None]:
         """The body as it comes, freed of its transfer coding.
@@ -76,9 +67,9 @@ class Answer:
             UpstreamLost: it broke off before its end.
         """
         try:
-            async for part in self._raw.aiter_stream():
+            while part := await self._connection.read():
                 yield part
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+        except Http11Error as error:
             raise UpstreamLost(Loss.BROKEN, f"the engine's answer broke off: {error}") from error
 
     async def __aenter__(self) -> Answer:
@@ -87,10 +78,7 @@ class Answer:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            await self._raw.aclose()
-        finally:
-            self._upstream.give_back(self._connection)
+        self._upstream.give_back(self._connection)
 
 
 class Upstream:
@@ -100,8 +88,7 @@ class Upstream:
         self.route = route
         self._idle_s = idle_s
         self._open_s = open_s
-        self._idle: dict[httpcore.AsyncHTTP11Connection, asyncio.TimerHandle] = {}
-        self._streams: dict[httpcore.AsyncHTTP11Connection, Stream] = {}
+        self._idle: dict[Http11, asyncio.TimerHandle] = {}
         self._retired = False
 
     async def ask(self, method: str, target: bytes, headers: Headers, body: Sequence[bytes] = ()) -> Answer:
@@ -117,15 +104,10 @@ class Upstream:
         own = [(b"Host", b"localhost"), *headers, (b"Authorization", b"Bearer " + self.route.api_key.encode())]
         if body:
             own.append((b"Content-Length", str(sum(map(len, body))).encode()))
-
-        def request() -> httpcore.Request:
-            url = httpcore.URL(scheme=b"http", host=b"engine.mesh", port=80, target=target)
-            return httpcore.Request(method, url, headers=own, content=_pieces(body) if any(body) else None)
-
         stale: UpstreamLost | None = None
         while (connection := self._take_idle()) is not None:
             try:
-                return await self._send(connection, request())
+                return await self._ask(connection, method, target, own, body)
             except UpstreamLost as error:
                 # A kept connection may have died unnoticed: what a fresh one meets decides.
                 stale = error
@@ -133,34 +115,33 @@ class Upstream:
             connection = await self._connect()
         except UpstreamLost as error:
             raise stale or error from error
-        return await self._send(connection, request())
+        return await self._ask(connection, method, target, own, body)
 
-    async def _send(self, connection: httpcore.AsyncHTTP11Connection, request: httpcore.Request) -> Answer:
+    async def _ask(
+        self, connection: Http11, method: str, target: bytes, headers: Headers, body: Sequence[bytes]
+    ) -> Answer:
         try:
-            raw = await connection.handle_async_request(request)
+            await connection.ask(method, target, headers, body)
         except BaseException as error:
-            self._forget(connection)
-            if isinstance(error, (httpcore.NetworkError, httpcore.ProtocolError)):
+            connection.abort()
+            if isinstance(error, Http11Error):
                 raise UpstreamLost(Loss.BROKEN, f"the engine gave no answer: {error}") from error
             raise
-        return Answer(self, connection, raw)
+        return Answer(self, connection)
 
-    async def _connect(self) -> httpcore.AsyncHTTP11Connection:
+    async def _connect(self) -> Http11:
         try:
             async with asyncio.timeout(self._open_s):
-                stream = await self.route.open()
+                return Http11(await self.route.open())
         except TimeoutError as error:
             raise UpstreamLost(Loss.UNREACHED, f"no way to the engine within {self._open_s:.0f} s") from error
         except (MeshError, OSError, EOFError) as error:
             message = error.message if isinstance(error, MeshError) else str(error)
             raise UpstreamLost(Loss.UNREACHED, message) from error
-        connection = httpcore.AsyncHTTP11Connection(_ORIGIN, _NetworkStream(stream), keepalive_expiry=self._idle_s)
-        self._streams[connection] = stream
-        return connection
 
-    def give_back(self, connection: httpcore.AsyncHTTP11Connection) -> None:
+    def give_back(self, connection: Http11) -> None:
         """Keep an idle connection for the next request, for a while."""
-        if connection.is_idle() and not self._retired and len(self._idle) < MAX_IDLE:
+        if connection.is_idle and not self._retired and len(self._idle) < MAX_IDLE:
             loop = asyncio.get_running_loop()
             self._idle[connection] = loop.call_later(self._idle_s, self._forget, connection)
         else:
@@ -172,74 +153,17 @@ class Upstream:
         for connection in list(self._idle):
             self._forget(connection)
 
-    def _take_idle(self) -> httpcore.AsyncHTTP11Connection | None:
+    def _take_idle(self) -> Http11 | None:
         while self._idle:
             connection, timer = self._idle.popitem()
             timer.cancel()
-            if not connection.has_expired():
+            if connection.is_idle:
                 return connection
             self._forget(connection)
         return None
 
-    def _forget(self, connection: httpcore.AsyncHTTP11Connection) -> None:
+    def _forget(self, connection: Http11) -> None:
         timer = self._idle.pop(connection, None)
         if timer is not None:
             timer.cancel()
-        stream = self._streams.pop(connection, None)
-        if stream is not None:
-            stream.abort()
-
-
-class _NetworkStream(httpcore.AsyncNetworkStream):
-    """A mesh stream as httpcore wants it. Head and small body leave together, as one packet."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._unsent = bytearray()
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        try:
-            await self._flush()
-            return await self._stream.read(max_bytes)
-        except (MeshError, OSError) as error:
-            raise httpcore.ReadError(str(error)) from error
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        if len(self._unsent) + len(buffer) <= _COALESCE_BYTES:
-            self._unsent += buffer
-            return
-        try:
-            await self._flush()
-            await self._stream.write(buffer)
-        except (MeshError, OSError) as error:
-            raise httpcore.WriteError(str(error)) from error
-
-    async def _flush(self) -> None:
-        if self._unsent:
-            data, self._unsent = self._unsent, bytearray()
-            await self._stream.write(data)
-
-    async def aclose(self) -> None:
-        self._stream.abort()
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        raise NotImplementedError("the lane is encrypted already")
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.closed if info == "is_readable" else None
-
-
-def _pieces(body: Sequence[bytes]) -> AsyncIterator[bytes]:
-    async def pieces() -> AsyncIterator[bytes]:
-        for piece in _cut(body):
-            yield piece
-
-    return pieces()
-
-
-def _cut(body: Sequence[bytes]) -> Iterator[bytes]:
-    for part in body:
-        for start in range(0, len(part), _PIECE_BYTES):
-            yield part[start : start + _PIECE_BYTES]
+        connection.abort()

@@ -111,7 +111,7 @@ class TlsSession:
         Raises:
             ssl.SSLError: what came is not what the other side sent.
         """
-        if self.peer_ended:
+        if self.peer_ended or not (self._in.pending or self._tls.pending()):  # spares OpenSSL an error, and us too
             return b""
         try:
             data = self._tls.read(_RECORD)

@@ -1,7 +1,7 @@
 """A llama-server that needs no model: real HTTP over TCP or any stream, and every misfortune on demand.
 
 Asked by an ingress it traces its answers and continues them, as the patched engine does: one group of blocks for each
-word, whose token is :func:`token_of` its place. Of answers that are no streams it tells word by word, and says them then.
+word, whose token is :func:`token_of` its place. Of answers that are no streams it tells word by word before it says them.
 """
 
 from __future__ import annotations

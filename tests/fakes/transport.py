@@ -110,6 +110,10 @@ class FakeStream:
     def abort(self, code: int = 0) -> None:
         self.breaks(f"the stream was reset (code {code})")
 
+    def stops_reading(self, reason: str) -> None:
+        """The other end cannot write any more; what this one says still arrives."""
+        self._incoming.breaks(reason)
+
     def breaks(self, reason: str) -> None:
         """Inject a fault: both halves fail with ``reason``."""
         self._incoming.breaks(reason)

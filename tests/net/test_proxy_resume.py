@@ -305,14 +305,14 @@ async def test_an_answer_that_comes_whole_outlives_engines_as_long_as_there_is_p
 
 
 async def test_an_answer_that_comes_whole_begins_anew_where_it_is_not_continued() -> None:
-    async with an_engine(break_after=2, refuses=True) as (first, port), an_engine() as (second, other):
-        async with an_ingress() as ingress:
-            ingress.serve_tcp(port)
-            asking = asyncio.create_task(asked(ingress))
-            await eventually(lambda: len(first.seen) > 1 and "x-mesh-resume" in first.seen[1].headers)
-            ingress.serve_tcp(other, number=2)
-            assert (await asking)[0] == 200
-            assert "x-mesh-resume" not in second.seen[-1].headers
+    refuses = {"break_after": 2, "refuses": True}
+    async with an_engine(**refuses) as (first, port), an_engine() as (second, other), an_ingress() as ingress:
+        ingress.serve_tcp(port)
+        asking = asyncio.create_task(asked(ingress))
+        await eventually(lambda: len(first.seen) > 1 and "x-mesh-resume" in first.seen[1].headers)
+        ingress.serve_tcp(other, number=2)
+        assert (await asking)[0] == 200
+        assert "x-mesh-resume" not in second.seen[-1].headers
 
 
 async def test_an_engines_own_error_is_the_answer_also_after_it_was_told_of() -> None:
