@@ -34,7 +34,7 @@ from mesh.proxy.metrics import StreamTimes
 from mesh.proxy.origin import Origin
 from mesh.proxy.reply import ClientGone, Reply
 from mesh.proxy.resume import RESUME_HEADER, may_be_wrapped, wrap
-from mesh.proxy.told import ToldAnswer, is_told
+from mesh.proxy.told import ToldAnswer, headers_of, is_told
 from mesh.proxy.transcript import TOKEN_BYTES, Portion, Transcript
 from mesh.proxy.upstream import Answer, Upstream, UpstreamLost
 
@@ -245,7 +245,9 @@ class Exchange:
     async def _pass_told(self, order: Dispatch, answer: Answer, *, resumes: bool) -> _Say | None:
         told = ToldAnswer(self._transcript)
         async with aclosing(answer.parts()) as parts, aclosing(self._listen(order, told, parts)) as body:
-            return await self._pass_whole(order, lambda: (told.status or 500, told.headers), body, resumes=resumes)
+            return await self._pass_whole(
+                order, lambda: (told.status or 500, headers_of(answer.headers)), body, resumes=resumes
+            )
 
     async def _listen(self, order: Dispatch, told: ToldAnswer, parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         """The body of an answer that comes whole; what it is made of goes on record before."""
@@ -289,6 +291,8 @@ class Exchange:
             if resumes and status != 200:
                 self._hub.tell(Refused(self.id, order.attempt, error_message(body)))
                 return None
+            if not any(name.lower() == b"content-length" for name, _ in headers):
+                headers = [*headers, (b"content-length", str(len(body)).encode())]
             return partial(self._reply.whole, status, headers, body)
 
     async def _pass_bytes(

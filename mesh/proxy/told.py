@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from mesh.proxy.transcript import Portion, Transcript
 
 _MARK = b"x-mesh-whole"
+_OF_THE_STREAM = frozenset({_MARK, b"content-type", b"content-length", b"cache-control"})
 _HEAD = re.compile(rb"[:\n]*event: ([1-5][0-9][0-9])\ndata: ")
 _MAX_HEAD_BYTES = 64 << 10
 """Of comments in one piece of the stream; far more than a millisecond's worth of words."""
@@ -20,6 +21,12 @@ _MAX_HEAD_BYTES = 64 << 10
 def is_told(headers: Sequence[tuple[bytes, bytes]]) -> bool:
     """Whether an answer with these headers comes this way."""
     return any(name.lower() == _MARK for name, _ in headers)
+
+
+def headers_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Those of the answer itself, but for its length."""
+    kept = [(name, value) for name, value in headers if name.lower() not in _OF_THE_STREAM]
+    return [*kept, (b"content-type", b"application/json; charset=utf-8")]
 
 
 class ToldAnswer:
@@ -33,11 +40,7 @@ class ToldAnswer:
         self.status: int | None = None
         self._transcript = transcript
         self._head = b""
-
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Of the answer itself, but for its length. The stream's are about the stream."""
-        return [(b"content-type", b"application/json; charset=utf-8")]
+        self._tail = b""
 
     def feed(self, data: bytes) -> tuple[bytes, int]:
         """What ``data`` brings of the body, and how many more tokens are on record.
@@ -61,6 +64,12 @@ class ToldAnswer:
         return rest
 
     def _body(self, data: bytes) -> bytes:
+        data = self._tail + self._within(data)
+        body = data.rstrip(b"\n")  # a body has no line breaks; those at its end are the event's
+        self._tail = data[len(body) :]
+        return body
+
+    def _within(self, data: bytes) -> bytes:
         if self.status is not None:
             return data
         self._head += data

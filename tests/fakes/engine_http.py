@@ -1,7 +1,7 @@
 """A llama-server that needs no model: real HTTP over TCP or any stream, and every misfortune on demand.
 
 Asked by an ingress it traces its answers and continues them, as the patched engine does: one group of blocks for each
-word, whose token is :func:`token_of` its place. Of answers that are no streams it tells word by word before it says them.
+word, whose token is :func:`token_of` its place. Of answers that are no streams it tells word by word, then says them.
 """
 
 from __future__ import annotations
@@ -224,11 +224,18 @@ class FakeEngine:
             yield word
 
     async def _whole(self, connection: h11.Connection, stream: Stream, start: int, tells: bool) -> None:
-        answer = {"choices": [{"text": "".join(self.words)}], **({"large": "x" * self.large_answer} if tells else {})}
+        answer: dict[str, object] = {"choices": [{"text": "".join(self.words)}]}
+        if self.large_answer:
+            answer["large"] = "x" * self.large_answer
         dies_at = self.break_after if self.dies_after is None else start + self.dies_after
         said = start
         if tells:
-            headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), ("X-Mesh-Whole", "1")]
+            headers = [
+                ("Content-Type", "text/event-stream"),
+                ("Transfer-Encoding", "chunked"),
+                ("X-Mesh-Whole", "1"),
+                ("X-Engine", "fake"),
+            ]
             await stream.write(connection.send(h11.Response(status_code=200, headers=headers)) or b"")
         async for _ in self._generate(start):
             if said == dies_at:
