@@ -90,7 +90,7 @@ class Metrics:
             buckets=_REQUEST_S,
             registry=registry,
         )
-        self._tokens = Counter("mesh_tokens_streamed", "Tokens whose text was streamed to clients.", registry=registry)
+        self.tokens_streamed = 0
         registry.register(_Asked(self._collect))
 
     def failed(self, code: str) -> None:
@@ -99,7 +99,7 @@ class Metrics:
 
     def watch(self, clock: Clock) -> StreamTimes:
         """The stopwatch of one request that just arrived."""
-        return StreamTimes(clock, self._ttft, self._token, self._pause, self._request, self._tokens)
+        return StreamTimes(clock, self, self._ttft, self._token, self._pause, self._request)
 
     def render(self) -> bytes:
         """All of it in Prometheus's text format, version 0.0.4."""
@@ -111,6 +111,9 @@ class Metrics:
         yield GaugeMetricFamily("mesh_requests_held", "Requests that wait for a layout.", counters.held)
         yield CounterMetricFamily("mesh_requests_completed", "Answers delivered whole.", counters.completed)
         yield CounterMetricFamily("mesh_requests_resumed", "Those of them that outlived an engine.", counters.resumed)
+        yield CounterMetricFamily(
+            "mesh_tokens_streamed", "Tokens whose text was streamed to clients.", self.tokens_streamed
+        )
         if self.node is not None:
             yield from _node(self.node())
 
@@ -119,10 +122,11 @@ class StreamTimes:
     """What one request's timing adds to the histograms."""
 
     def __init__(
-        self, clock: Clock, ttft: Histogram, token: Histogram, pause: Histogram, request: Histogram, tokens: Counter
+        self, clock: Clock, metrics: Metrics, ttft: Histogram, token: Histogram, pause: Histogram, request: Histogram
     ) -> None:
         self._clock = clock
-        self._ttft, self._token, self._pause, self._request, self._tokens = ttft, token, pause, request, tokens
+        self._metrics = metrics
+        self._ttft, self._token, self._pause, self._request = ttft, token, pause, request
         self._arrived = clock.now()
         self._first: float | None = None
         self._newest = 0.0
@@ -144,7 +148,7 @@ class StreamTimes:
             self._ttft.observe(now - self._arrived)
         self._newest = now
         self._count += tokens
-        self._tokens.inc(tokens)
+        self._metrics.tokens_streamed += tokens  # an integer: this is done for every token
 
     def lost(self) -> None:
         """The engine is gone; what the client got before stands still from now on."""

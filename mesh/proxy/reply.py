@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from enum import Enum
 
-from starlette.types import Message, Send
+from starlette.types import Send
 
 from mesh.proxy.dialect import COMMENT, Dialect
 from mesh.proxy.failure import Failure
@@ -87,7 +87,7 @@ class Reply:
         """
         try:
             message = {"type": "http.response.body", "body": data, "more_body": True}
-            await within(self._stall_s, _written(self._send, message))
+            await within(self._stall_s, self._send(message))
         except TimeoutError as error:
             raise ClientGone from error
 
@@ -121,10 +121,6 @@ class Reply:
 
     async def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-
-async def _written(send: Send, message: Message) -> None:
-    await send(message)
 
 
 def failure_headers(failure: Failure, body: bytes) -> list[tuple[bytes, bytes]]:

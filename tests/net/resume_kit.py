@@ -103,7 +103,7 @@ def resume(
 def _plain(block: str) -> str:
     lines = []
     for line in block.split("\n"):
-        if line.startswith("data: {"):
+        if line.startswith(("data: {", "data: [{")):
             line = "data: " + json.dumps(_without(json.loads(line[6:])), sort_keys=True)
         lines.append(line)
     return "\n".join(lines)

@@ -368,7 +368,7 @@ async def test_what_cannot_be_continued_is_refused_before_a_block(engine: Engine
             return str(found.error["message"])
 
         assert "vocabulary" in await refused(TEXT, [32000])
-        assert "streams" in await refused(TEXT | {"stream": False}, [5])
+        assert "probabilities" in await refused(TEXT | {"stream": False, "n_probs": 2}, [5])
         assert "context" in await refused(TEXT | {"n_predict": -1}, [500] * CONTEXT)
         assert "grammar" in await refused(TEXT | {"grammar": 'root ::= "no"'}, whole.tokens()[:3])
         assert "grammar" in await refused(TEXT | {"grammar": 'root ::= "no" "yes"'}, [2])
