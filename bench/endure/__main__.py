@@ -122,7 +122,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--only-throughput", action="store_true", help="nothing else")
     add("--throughput-model", default="mid", metavar="demo|mid|PATH")
     add("--pairs", type=int, default=7, metavar="N", help="of turns, the mesh's and llama-server's")
-    add("--tokens", type=int, default=64, metavar="N", help="of each stream in a turn")
+    add("--tokens", type=int, default=192, metavar="N", help="of each stream in a turn; its start counts, too")
     add(
         "--within",
         type=float,
