@@ -95,8 +95,11 @@ def completions(client: openai.OpenAI) -> Any:
 
 def responses(client: openai.OpenAI) -> Any:
     whole = client.responses.create(input=QUESTION, max_output_tokens=TOKENS, **GREEDY)
-    # Not by the SDK's stream(): it wants a content_index that llama-server leaves out.
     events = list(client.responses.create(input=QUESTION, max_output_tokens=TOKENS, stream=True, **GREEDY))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    with client.responses.stream(input=QUESTION, max_output_tokens=TOKENS, **GREEDY) as stream:
+        snapshots = [event.snapshot for event in stream if event.type == "response.output_text.delta"]
+        assert stream.get_final_response().output_text == whole.output_text == snapshots[-1]
     kinds = [event.type for event in events]
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
     assert kinds.count("response.output_item.added") == 1 == kinds.count("response.output_item.done")
@@ -180,6 +183,16 @@ def responses_tools(client: openai.OpenAI) -> Any:
     return None
 
 
+def responses_structured(client: openai.OpenAI) -> Any:
+    asked: dict[str, Any] = {"input": QUESTION, "text_format": Forecast, "max_output_tokens": 100, **GREEDY}
+    parsed = client.responses.parse(**asked)
+    assert isinstance(parsed.output_parsed, Forecast)
+    with client.responses.stream(**asked) as stream:
+        parts = sum(event.type == "response.output_text.delta" for event in stream)
+        assert stream.get_final_response().output_parsed == parsed.output_parsed and parts > 3
+    return None
+
+
 OPENAI: dict[str, Callable[[openai.OpenAI], Any]] = {
     case.__name__: case
     for case in (
@@ -189,6 +202,7 @@ OPENAI: dict[str, Callable[[openai.OpenAI], Any]] = {
         responses,
         tools,
         responses_tools,
+        responses_structured,
         structured,
         embeddings,
     )
