@@ -102,7 +102,8 @@ class Network:
         """Seconds more that a directed path takes: a full queue somewhere."""
         self.link: dict[tuple[str, str], Link] = {}
         """(whose view, peer) -> the link it thinks is up."""
-        self._seeking: set[tuple[str, str]] = set()
+        self._seeking: set[tuple[str, int, str]] = set()
+        """(who, in which of its runs, whom): one that dies as it begins to look must not keep the next from looking."""
 
     # -- packets -------------------------------------------------------------------------------------------------------
 
@@ -170,16 +171,17 @@ class Network:
 
     def seek(self, node: str, peer: str, delay: float = 0.0) -> None:
         """``node`` keeps dialing ``peer``, unless it does so already (see :mod:`mesh.membership.dialer`)."""
-        if (node, peer) not in self._seeking and node != peer:
-            self._seeking.add((node, peer))
-            self.clock.after(delay * (0.5 + self.rng.random()), self._dial, node, self.nodes[node].boots, peer, 0.0)
+        boot = self.nodes[node].boots
+        if (node, boot, peer) not in self._seeking and node != peer:
+            self._seeking.add((node, boot, peer))
+            self.clock.after(delay * (0.5 + self.rng.random()), self._dial, node, boot, peer, 0.0)
 
     def _dial(self, node: str, boot: int, peer: str, delay: float) -> None:
         mine, theirs = self.nodes.get(node), self.nodes.get(peer)
         if mine is None or mine.boots != boot or not mine.is_running:
             return
         if theirs is None or peer not in mine.wanted or (node, peer) in self.link:
-            self._seeking.discard((node, peer))
+            self._seeking.discard((node, boot, peer))
             return
         for resent in RESENT_AFTER_S:
             self.clock.after(resent, self._knock, node, boot, peer)
@@ -230,7 +232,10 @@ class Network:
         if theirs is not None:
             theirs.ends.clear()  # replaced: the peer had not noticed that the old one is dead
             del self.link[(b, a)]
+            boot = peer.boots
             peer.link_down(a, "closed")
+            if not peer.is_running or peer.boots != boot:
+                return  # it died of that: nobody is there to be linked with
         now = self.clock.now
         link = Link(a, b, {a, b}, {a: now, b: now})
         self.link[(a, b)] = self.link[(b, a)] = link

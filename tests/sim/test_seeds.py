@@ -22,6 +22,8 @@ PAST = {
     "a revocation by a slow clock threw out whom its subject had invited": 323,
     "somebody revoked unheard of let others in": 641,
     "a revoked member was invited again by one that had not heard": 68,
+    "the simulation linked a node that had just died of losing its last link": 6741,
+    "the simulation did not know a worker that had listened under an earlier number": 8101,
 }
 """Seeds that failed once. They may tell another story since the simulation draws otherwise, so each bug that was found
 has a test of its own as well."""
