@@ -268,6 +268,11 @@ class Node:
         self.world.network.housekeeping(self.id)
         self.later(0.5, 0.0, self._housekeep)
 
+    def has_heard_of_revoking(self, key: bytes) -> bool:
+        """Does it know, or its disk, that ``key`` was revoked once?"""
+        known = self.house.roster if self.house is not None else self.disk.record
+        return known is not None and any(revocation.subject == key for revocation in known.revocations)
+
     # -- from the network ----------------------------------------------------------------------------------------------
 
     def greets(self, other: Node) -> Admitted | None:

@@ -24,6 +24,8 @@ PAST = {
     "a revoked member was invited again by one that had not heard": 68,
     "the simulation linked a node that had just died of losing its last link": 6741,
     "the simulation did not know a worker that had listened under an earlier number": 8101,
+    "the simulation wanted a revocation obeyed that only a lost disk had known": 14830,
+    "the simulation wanted somebody out who had been let in again by an earlier invite": 16557,
 }
 """Seeds that failed once. They may tell another story since the simulation draws otherwise, so each bug that was found
 has a test of its own as well."""

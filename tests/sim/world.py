@@ -108,6 +108,16 @@ class World(Witness):
             fresh = self._machine(node.facts.role, node.facts.devices[0].total_bytes if node.facts.devices else 0)
             self.note(f"{node.id[0]} has lost its disk, and is {fresh.id[0]} now")
             fresh.start()
+            self._forget_the_unheard_of()
+
+    def _forget_the_unheard_of(self) -> None:
+        """What only the lost disk knew, nobody can act on: such a revocation was never made."""
+        for subject in [self.nodes[node] for node in self.revoked if node in self.nodes]:
+            if not any(node.has_heard_of_revoking(subject.disk.key.public) for node in self.nodes.values()):
+                self.note(f"nobody knows any more that {subject.id[0]} was revoked")
+                self.revoked.discard(subject.id)
+                if not subject.is_running:
+                    subject.start()
 
     def asks_again(self, node: Node) -> None:
         """Thrown out by what somebody had not heard yet: its owner asks for another invite."""
@@ -180,6 +190,7 @@ class World(Witness):
         if isinstance(answer, Joined) and not was_in:
             self.note(f"{inviter.id[0]} lets {key.id[0]} in")
             self.let_in(token, key.id)
+            self.revoked.discard(key.id)  # by an invite from before, maybe: those are for whoever shows them
             if token.is_spent:
                 for _ in range(3):
                     self.clock.after(0.1 + 4 * self.rng.random(), self._steal, token)
