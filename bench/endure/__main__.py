@@ -47,8 +47,8 @@ from mesh.engine.pin import engine_pin
 from mesh.errors import MeshError
 
 REQUESTS = 1000
-QUICK_REQUESTS, QUICK_TIMES, QUICK_WHOLE_S = 60, 4, 20.0
-EVERY_S, QUICK_EVERY_S = (10.0, 20.0), (5.0, 8.0)
+QUICK_REQUESTS, QUICK_TIMES, QUICK_WHOLE_S = 90, 4, 20.0
+EVERY_S, QUICK_EVERY_S = (10.0, 20.0), (3.0, 5.0)
 THREADS, CTX_SIZE = 1, 2048
 
 

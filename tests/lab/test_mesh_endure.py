@@ -1,4 +1,4 @@
-"""Sixty requests of every kind at four nodes, while machines and engines are killed under them."""
+"""Ninety requests of every kind at four nodes, while machines and engines are killed under them."""
 
 from __future__ import annotations
 
