@@ -58,6 +58,14 @@ class Stream:
         ]
 
 
+def told_whole(text: str) -> Any:
+    """The answer, where it is no stream, that an ingress is told of before it comes."""
+    *_, event = text.strip().split("\n\n")
+    name, data = event.split("\n")
+    assert name == "event: 200"
+    return json.loads(data.removeprefix("data: "))
+
+
 def tell(port: int, path: str, body: dict[str, Any], headers: dict[str, str], within: float = 60) -> Stream:
     """Ask for a stream and read it to its end."""
     answer = httpx.post(f"http://127.0.0.1:{port}{path}", json=body, headers=headers, timeout=within)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.eventually import eventually
 from tests.fakes.architectures import write_architecture
 from tests.net.engine_kit import serving
 from tests.net.push_kit import push_ring
-from tests.net.resume_kit import origin
+from tests.net.resume_kit import origin, told_whole
 
 pytestmark = pytest.mark.engine
 
@@ -42,7 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """A process, asked by clients that can go away."""
 
-    def __init__(self, port: int, client: httpx.AsyncClient) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, port: int, client: httpx.AsyncClient) -> None:
+        self.process = process
         self.port = port
         self.client = client
 
@@ -83,7 +85,7 @@ async def serve(engine: Engine, model: Path, parallel: int, *options: str, conte
     async with push_ring(engine, model, [LAYERS], parallel=parallel, context=context, options=options) as solo:
         await serving(solo.host, solo.port)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{solo.port}", timeout=60) as client:
-            yield Server(solo.port, client)
+            yield Server(solo.host.handle, solo.port, client)
 
 
 async def order(
@@ -161,8 +163,21 @@ async def test_several_choices_get_their_slots_although_others_come(engine: Engi
         holding.close()
         first, _ = await asyncio.wait({choices, later}, return_when=asyncio.FIRST_COMPLETED)
         assert choices in first
-        assert len(choices.result().json()["choices"]) == 2
+        assert len(told_whole(choices.result().text)["choices"]) == 2
         assert (await later).status_code == 200
+
+
+async def test_whoever_comes_at_once_with_many_others_is_in_the_queue(engine: Engine, model: Path) -> None:
+    """Of many connections at once all counted on the few idle threads of the HTTP server: most waited outside."""
+    async with serve(engine, model, 1) as server:
+        server.process.send_signal(signal.SIGSTOP)  # so that it finds them all together
+        crowd = [server.send(ENDLESS | {"stream": True}, origin(f"c{n:02x}", "c1")) for n in range(40)]
+        held = await asyncio.gather(*crowd)
+        server.process.send_signal(signal.SIGCONT)
+        await server.busy(1, 39)
+        for one in held:
+            one.close()
+        await server.busy(0, 0)
 
 
 async def test_naming_a_slot_is_no_way_to_the_front(engine: Engine, model: Path) -> None:

@@ -217,7 +217,7 @@ async def test_one_client_with_many_requests_does_not_keep_another_waiting(
         order: list[str] = []
 
         async def ask(key: str) -> None:
-            body = {"prompt": "Once", "n_predict": 12, "ignore_eos": True, "temperature": 0}
+            body = {"prompt": "Once", "n_predict": 120, "ignore_eos": True, "temperature": 0}
             headers = {"Authorization": f"Bearer {key}"}
             answer = await ingress.client.post("/completion", json=body, headers=headers, timeout=120)
             assert answer.status_code == 200
