@@ -240,7 +240,7 @@ async def test_a_long_prompt_is_given_up_when_its_client_is_gone(engine: Engine,
     async with push_ring(engine, path, [16], parallel=1, context=4096) as solo:
         await serving(solo.host, solo.port)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{solo.port}", timeout=60) as client:
-            server = Server(solo.port, client)
+            server = Server(solo.host.handle, solo.port, client)
             for _ in range(2):
                 body = {"prompt": [1, *range(300, 3800)], "n_predict": 1, "cache_prompt": False}
                 writer = await server.send(body, origin())
