@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.measure import BenchError
 
 ROOT = Path("/sys/fs/cgroup")
-PERIOD_US, LEAST_US = 4000, 1000
+PERIOD_US, LEAST_US = 2000, 1000
 
 
 @dataclass(frozen=True, slots=True)
