@@ -17,6 +17,9 @@ from bench.measure import BenchError
 
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_US, LEAST_US = 2000, 1000
+SLICE = Path("/proc/sys/kernel/sched_cfs_bandwidth_slice_us")
+"""In which a quota is handed to a processor, which keeps what it does not use: by five milliseconds, as it comes, a
+machine that computes for three and waits for seven is not slowed at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,10 @@ def limited(name: str, *, cpus: float | None = None, memory_bytes: int | None = 
         BenchError: this machine does not let us limit anything.
     """
     places: list[Path] = []
+    slice_us = SLICE.read_text() if cpus is not None and SLICE.exists() else None
     try:
+        if slice_us is not None:
+            SLICE.write_text(str(LEAST_US))
         if cpus is not None:
             period = max(PERIOD_US, round(LEAST_US / cpus))
             quota = round(period * cpus)
@@ -65,6 +71,8 @@ def limited(name: str, *, cpus: float | None = None, memory_bytes: int | None = 
     finally:
         for place in places:
             _remove(place)
+        if slice_us is not None:
+            SLICE.write_text(slice_us)
 
 
 def _make(controller: str, name: str) -> Path:

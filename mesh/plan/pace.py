@@ -25,9 +25,9 @@ UNKNOWN_RTT_MS = 50.0
 """Pessimistic: a link that nobody has measured should not win against one that somebody has."""
 MEMBER_MS = 0.5
 """What a remote member costs beyond its hops, measured with a model that hardly computes (`demo` on two, docs)."""
-WORD_NS = 5.5
+WORD_NS = 3.0
 """For each word of the vocabulary, to choose one of them: the engine's samplers on one core of 2020."""
-HOST_MS = 0.2
+HOST_MS = 0.1
 """What the server does for a token besides: text, JSON and HTTP."""
 ACTIVATION = 4
 """Bytes of a value between members; half with ``--wire-dtype f16``, which a plan does not count on."""

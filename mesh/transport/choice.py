@@ -31,6 +31,7 @@ class Measured:
         quic_burst_ms: the same over QUIC; None: not measured, or it failed.
         bytes_per_second: of bursts once the connection has warmed up; 0: not measured. ``quic_`` likewise.
         quic_rtt_ms: shortest echo over a QUIC stream; None like the burst.
+        jitter_ms: what a usual echo takes more than the shortest, on a link that is not short itself.
     """
 
     rtt_ms: float
@@ -39,6 +40,7 @@ class Measured:
     bytes_per_second: float = 0.0
     quic_rtt_ms: float | None = None
     quic_bytes_per_second: float = 0.0
+    jitter_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
