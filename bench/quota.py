@@ -50,11 +50,10 @@ def limited(name: str, *, cpus: float | None = None, memory_bytes: int | None = 
         BenchError: this machine does not let us limit anything.
     """
     places: list[Path] = []
-    slice_us = SLICE.read_text() if cpus is not None and SLICE.exists() else None
+    stack = contextlib.ExitStack()
     try:
-        if slice_us is not None:
-            SLICE.write_text(str(LEAST_US))
         if cpus is not None:
+            stack.enter_context(_fine_slices())
             period = max(PERIOD_US, round(LEAST_US / cpus))
             quota = round(period * cpus)
             place = _make("cpu", name)
@@ -71,8 +70,20 @@ def limited(name: str, *, cpus: float | None = None, memory_bytes: int | None = 
     finally:
         for place in places:
             _remove(place)
-        if slice_us is not None:
-            SLICE.write_text(slice_us)
+        stack.close()
+
+
+@contextlib.contextmanager
+def _fine_slices() -> Iterator[None]:
+    """Where the kernel has a say in it; as it was before, afterwards."""
+    before = SLICE.read_text() if SLICE.exists() else None
+    if before is not None:
+        SLICE.write_text(str(LEAST_US))
+    try:
+        yield
+    finally:
+        if before is not None:
+            SLICE.write_text(before)
 
 
 def _make(controller: str, name: str) -> Path:

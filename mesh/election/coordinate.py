@@ -135,10 +135,6 @@ class Coordination:
             times.append(self._start_by(self._following.layout))
         return [at for at in times if at is not None]
 
-    def held(self, view: View, now: float) -> dict[NodeId, str]:
-        """Members that are held off, and why."""
-        return {node: why for node, why in self.holds.held(now).items() if node in view}
-
     # -- what happened -------------------------------------------------------------------------------------------------
 
     def note_cause(self, cause: str) -> None:

@@ -100,9 +100,8 @@ class Election:
         reason = following.propose.reason
         if phase is Phase.ELECTING:
             reason = following.broken(view) or "looking for other machines"
-        excluded = {**following.propose.excluded, **self._coordination.excluded}
-        if not self._leads():
-            excluded = {**following.propose.excluded, **self._coordination.held(view, self._now)}
+        known = self._coordination.excluded if self._leads() else self._coordination.holds.held(self._now)
+        excluded = {**following.propose.excluded, **known}
         return Status(phase.value, following.epoch, reason, following.layout, excluded, self._leader)
 
     def next_timer(self) -> float | None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh.clock import Clock
 from mesh.errors import MeshError, TransportError
@@ -298,24 +298,21 @@ class BulkLanes:
         except (TimeoutError, EOFError, MeshError) as error:
             log.info("%s cannot be reached over TCP at %s: %s", link.peer, link.address, error)
             return TcpFailed()
-        alone = Measured(
-            over_tcp.rtt_ms, over_tcp.burst_ms, bytes_per_second=over_tcp.rate, jitter_ms=over_tcp.jitter_ms
-        )
+        jitter_ms = over_tcp.jitter_ms
+        found = Measured(over_tcp.rtt_ms, over_tcp.burst_ms, bytes_per_second=over_tcp.rate, jitter_ms=jitter_ms)
         if is_near(over_tcp.rtt_ms):
-            return alone
+            return found
         try:
             async with asyncio.timeout(TRIAL_WITHIN_S):
                 over_quic = await self._measure(await link.open_bulk(OpenProbe(), TRIAL_WITHIN_S))
         except (TimeoutError, EOFError, MeshError):
-            return alone
-        return Measured(
-            over_tcp.rtt_ms,
-            over_tcp.burst_ms,
-            over_quic.burst_ms,
-            over_tcp.rate,
-            over_quic.rtt_ms,
-            over_quic.rate,
-            max(over_tcp.jitter_ms, over_quic.jitter_ms),
+            return found
+        return replace(
+            found,
+            quic_burst_ms=over_quic.burst_ms,
+            quic_rtt_ms=over_quic.rtt_ms,
+            quic_bytes_per_second=over_quic.rate,
+            jitter_ms=max(jitter_ms, over_quic.jitter_ms),
         )
 
     async def _measure(self, stream: Stream) -> _Echoes:

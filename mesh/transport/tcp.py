@@ -26,7 +26,7 @@ from mesh.errors import AdmissionError, MeshError, TransportError
 from mesh.identity.key import NodeKey, node_id
 from mesh.transport.address import join_address, split_address
 from mesh.transport.strangers import Room, neighbourhood
-from mesh.transport.tcpstream import TcpStream, receive_room
+from mesh.transport.tcpstream import TcpStream
 from mesh.transport.tls import TlsSession, client_context, server_context
 from mesh.wire.facts import NodeId
 
@@ -73,7 +73,6 @@ class TcpLane:
         """Does a member live at this host?"""
         self._as_server = server_context(key)
         self._as_client = client_context()
-        self._room = receive_room()
         self._servers: list[asyncio.Server] = []
         self._streams: dict[TcpStream, NodeId] = {}  # "": who it is was not shown yet
         self._strangers: dict[TcpStream, asyncio.Task[None]] = {}
@@ -121,7 +120,7 @@ class TcpLane:
             TransportError: nobody answers there over TCP within ``timeout`` seconds, or knows the ticket.
             AdmissionError: another key than expected answered (code ``wrong-key``); it got nothing of this.
         """
-        stream = TcpStream(TlsSession(self._as_client, server=False), self._room())
+        stream = TcpStream(TlsSession(self._as_client, server=False))
         self._watch(stream, expect)
         try:
             async with asyncio.timeout(timeout):
@@ -198,7 +197,7 @@ class TcpLane:
     # -- listening ---------------------------------------------------------------------------------------------------
 
     def _accept(self) -> TcpStream:
-        return TcpStream(TlsSession(self._as_server, server=True), self._room(), on_made=self._made)
+        return TcpStream(TlsSession(self._as_server, server=True), on_made=self._made)
 
     def _made(self, stream: TcpStream) -> None:
         room = self._room_of_known if self.is_known(stream.source) else self._room_of_strangers

@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 and boxes in between forget connections that are."""
 _PIECE = 128 * 1024
 _CHUNK = 256 * 1024
+_of_thread = threading.local()
 _LINGER_NONE = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 
 
@@ -33,15 +35,12 @@ class TcpStream(asyncio.BufferedProtocol):
     """See :class:`mesh.transport.lane.Stream`.
 
     Args:
-        room: where asyncio puts what it receives; see :func:`receive_room`.
         on_made: told when the socket is connected; it may abort the stream.
     """
 
-    def __init__(
-        self, tls: TlsSession, room: memoryview, *, on_made: Callable[[TcpStream], None] = lambda stream: None
-    ) -> None:
+    def __init__(self, tls: TlsSession, *, on_made: Callable[[TcpStream], None] = lambda stream: None) -> None:
         self._tls = tls
-        self._room = room
+        self._room = receive_room()
         self._on_made = on_made
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -291,16 +290,18 @@ class TcpStream(asyncio.BufferedProtocol):
         _wake(self._writer)
 
 
-def receive_room() -> Callable[[], memoryview]:
-    """Where streams of one event loop receive.
+def receive_room() -> memoryview:
+    """Where a connection of this thread's event loop receives.
 
-    Selector loops fill it and hand it over in one go, so that all streams can share one: 512 idle ones cost nothing.
-    A proactor holds on to it while it waits.
+    Selector loops fill it and hand it over in one go, so that all connections share one: 512 idle ones cost nothing,
+    and short ones leave no holes of 256 KB in the heap. A proactor holds on to it while it waits.
     """
     if sys.platform == "win32":
-        return lambda: memoryview(bytearray(_CHUNK // 4))
-    room = memoryview(bytearray(_CHUNK))
-    return lambda: room
+        return memoryview(bytearray(_CHUNK // 4))
+    if not hasattr(_of_thread, "room"):
+        _of_thread.room = memoryview(bytearray(_CHUNK))
+    room: memoryview = _of_thread.room
+    return room
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import threading
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,7 +21,6 @@ HIGH_WATER = 1 << 20
 """Bytes waiting in one direction above which its source is not read any more. Prompt activations come in megabytes."""
 CHUNK = 1 << 18
 """Bytes handed over at once at most."""
-_of_thread = threading.local()
 
 
 @dataclass(slots=True)
@@ -44,7 +42,7 @@ class LocalEnd(asyncio.BufferedProtocol):
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._room = _room()
+        self._room = receive_room()
         self._pieces: deque[bytes] = deque()
         self._waiting = 0
         self._ended = False
@@ -197,15 +195,6 @@ class LocalEnd(asyncio.BufferedProtocol):
         self._aborted = True
         if self._transport is not None:
             self._transport.abort()
-
-
-def _room() -> memoryview:
-    """Where the loop of this thread receives. A buffer for each connection would be 256 KB that come and go with each
-    request, and leave the heap in pieces."""
-    if not hasattr(_of_thread, "room"):
-        _of_thread.room = receive_room()
-    room: memoryview = _of_thread.room()
-    return room
 
 
 async def pump(local: LocalEnd, stream: Stream, traffic: Traffic, *, outlives_peer: bool = True) -> None:

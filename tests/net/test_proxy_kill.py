@@ -198,26 +198,47 @@ async def test_a_killed_engine_is_not_noticed_by_who_reads_the_stream(engine: En
         assert (counters.completed, counters.resumed, counters.failed) == (10, 5, 0)
 
 
+class Whole:
+    """A case asked for without a stream: uninterrupted once, then cut."""
+
+    def __init__(self, cutting: Cutting, ingress: Ingress, case: Case) -> None:
+        self._cutting, self._ingress = cutting, ingress
+        self._path, self._body = case.path, {**case.body, "stream": False}
+
+    async def said(self) -> tuple[str, int, int]:
+        """The answer, its bytes, and those that came before it."""
+        self._cutting.serve(None)
+        answer = await self._ingress.client.post(self._path, json=self._body)
+        assert answer.headers["content-type"].startswith("application/json")
+        size = len(answer.content)
+        return plain("data: " + answer.text), size, self._cutting.streams[0].brought - size
+
+    async def cut(self, after: int) -> tuple[str, bool]:
+        """The answer, and whether the second engine was asked to go on with it."""
+        self._cutting.serve(after)
+        answer = await self._ingress.client.post(self._path, json=self._body)
+        assert len(self._cutting.streams) == 2, "it was not cut"
+        return plain("data: " + answer.text), b"X-Mesh-Resume" in self._cutting.streams[1].asked
+
+
+@contextlib.asynccontextmanager
+async def asked_whole(engine: Engine, model: Path, case: Case) -> AsyncIterator[tuple[Whole, Ingress]]:
+    async with server(engine, model) as (_, first), server(engine, model) as (_, second), an_ingress() as ingress:
+        yield Whole(Cutting(ingress, first, second), ingress, case), ingress
+
+
 @pytest.mark.parametrize("name", WHOLE)
 async def test_an_answer_that_is_not_streamed_goes_on_wherever_it_was_cut(
     engine: Engine, model: Path, name: str
 ) -> None:
-    case = WHOLE[name]
-    body = {**case.body, "stream": False}
-    async with server(engine, model) as (_, first), server(engine, model) as (_, second), an_ingress() as ingress:
-        cutting = Cutting(ingress, first, second)
-        cutting.serve(None)
-        whole = await ingress.client.post(case.path, json=body)
-        assert whole.headers["content-type"].startswith("application/json")
-        before_it = cutting.streams[0].brought - len(whole.content)
+    async with asked_whole(engine, model, WHOLE[name]) as (whole, ingress):
+        said, _, before_it = await whole.said()
         went_on = 0
         for cut in random.Random(name).sample(range(before_it // 2, before_it), WHOLE_CUTS):
-            cutting.serve(cut)
-            answer = await ingress.client.post(case.path, json=body)
-            assert plain("data: " + answer.text) == plain("data: " + whole.text), cut
-            assert len(cutting.streams) == 2, "it was not cut"
-            went_on += b"X-Mesh-Resume" in cutting.streams[1].asked
-        assert went_on or case.choices > 1, "each began anew"
+            answer, resumed = await whole.cut(cut)
+            assert answer == said, cut
+            went_on += resumed
+        assert went_on or WHOLE[name].choices > 1, "each began anew"
         assert ingress.proxy.counters.resumed == WHOLE_CUTS and ingress.proxy.counters.failed == 0
 
 
@@ -226,16 +247,9 @@ async def test_an_answer_with_probabilities_that_is_not_streamed_begins_anew(
     engine: Engine, model: Path, name: str
 ) -> None:
     # Of the words that another engine has said nobody knows any more what else they could have been.
-    case = CASES[name]
-    body = {**case.body, "stream": False}
-    async with server(engine, model) as (_, first), server(engine, model) as (_, second), an_ingress() as ingress:
-        cutting = Cutting(ingress, first, second)
-        cutting.serve(None)
-        whole = await ingress.client.post(case.path, json=body)
-        cutting.serve(cutting.streams[0].brought - len(whole.content) // 2)
-        answer = await ingress.client.post(case.path, json=body)
-        assert len(cutting.streams) == 2 and b"X-Mesh-Resume" not in cutting.streams[1].asked
-        assert plain("data: " + answer.text) == plain("data: " + whole.text)
+    async with asked_whole(engine, model, CASES[name]) as (whole, _):
+        said, size, before_it = await whole.said()
+        assert await whole.cut(before_it + size - size // 2) == (said, False)
 
 
 async def test_a_wrong_request_that_is_not_streamed_gets_the_engines_own_error(engine: Engine, model: Path) -> None:
