@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -271,7 +271,7 @@ def mesh_of(
         stop_all(list(nodes.values()))
 
 
-def stop_all(nodes: Sequence[MeshNode], within: float = 20.0) -> None:
+def stop_all(nodes: Iterable[MeshNode], within: float = 20.0) -> None:
     """Interrupt every running node at once, and kill what does not stop in time."""
     running = [node for node in nodes if node.running]
     for node in running:

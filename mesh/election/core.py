@@ -375,6 +375,9 @@ class Election:
         lifted = following.adopt(propose, now, drain_s)
         if self._view is not None:
             following.note_boots(self._view)
+        if propose.epoch.number <= self._floor.number:
+            # The others may have missed none of it, and would go on under a number that an engine has died in.
+            following.note_own_restart()
         self._claims.settle(propose.epoch)
         self._stand_in.end()
         if propose.epoch.number > known:

@@ -119,6 +119,12 @@ class Following:
                         self.api_key = None
                 self._boots[share.id] = member.boot
 
+    def note_own_restart(self) -> None:
+        """What is followed is from before this process began: if it has a part in it, it has lost that."""
+        for share in () if self.layout is None else self.layout.ring:
+            if share.id == self._me:
+                self.restarted[share.id] = f"{share.name} restarted"
+
     def lost(self, view: View) -> list[NodeId]:
         """Ring members that are not in."""
         return [] if self.layout is None else [share.id for share in self.layout.ring if share.id not in view]

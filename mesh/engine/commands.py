@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 from mesh.engine.cache import Engine
 from mesh.errors import EngineError
@@ -47,6 +48,7 @@ def llama_server_command(
     gpu_layers: int | None = None,
     embeddings: bool = True,
     wire_dtype: str = "f32",
+    handover: Mapping[str, str] = MappingProxyType({}),
 ) -> Launch:
     """The host's server.
 
@@ -58,6 +60,7 @@ def llama_server_command(
         gpu_layers: at most so many of the host's layers (the last ones) on its GPU; None for all.
         embeddings: answer ``/v1/embeddings`` too, by the mean over all tokens; costs ``512 * n_vocab * 4`` bytes.
         wire_dtype: number format of activations between machines, ``f32`` or ``f16``, which rounds them.
+        handover: where it is to ask for the connections to its workers; empty: it connects to ``endpoints``.
 
     Raises:
         EngineError: the layout does not carry every layer exactly once, or names more devices than the engine takes, or
@@ -78,7 +81,7 @@ def llama_server_command(
     env = {"MESH_MICRO_BATCH": str(micro_batch(layout))}
     if layout.workers:
         argv += ring_arguments(layout, endpoints, gpu_layers)
-        env |= _ring_variables(layout, endpoints, rpc_secret, wire_dtype)
+        env |= {**_ring_variables(layout, endpoints, rpc_secret, wire_dtype), **handover}
     else:
         argv += solo_arguments(layout.ring[0], gpu_layers)
     on_two_devices = not layout.workers and gpu_layers is not None
@@ -197,6 +200,7 @@ def rpc_server_command(
     rpc_secret: bytes,
     device: str = "CPU",
     peers: Mapping[NodeId, str] | None = None,
+    handover: Mapping[str, str] = MappingProxyType({}),
 ) -> Launch:
     """A worker's server.
 
@@ -205,12 +209,13 @@ def rpc_server_command(
         fingerprint: the model's, hex SHA-256 over the files' contents.
         rpc_secret: 16 to 64 bytes that a client must send first, and this server to its peers.
         peers: workers it can push to, and the ``127.0.0.1:port`` of the tunnel to each.
+        handover: where it is given connections, and asks for those to its peers; empty: through ports only.
     """
     argv = [str(engine.rpc_server), "-H", LOOPBACK, "-p", str(port), "-t", str(threads), "-d", device]
     for file in model_files:
         argv += ["--gguf", str(file)]
     argv += ["--gguf-id", fingerprint]
-    env = {"MESH_RPC_SECRET": _secret(rpc_secret)}
+    env = {"MESH_RPC_SECRET": _secret(rpc_secret), **handover}
     if peers:
         env["MESH_RPC_PEERS"] = ",".join(f"{peer}={endpoint}" for peer, endpoint in peers.items())
     return Launch(tuple(argv), env)

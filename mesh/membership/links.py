@@ -40,6 +40,7 @@ from mesh.wire.messages import (
     MemberAddress,
     Members,
     Open,
+    Opened,
     OpenProbe,
     Refused,
     Revocation,
@@ -170,8 +171,15 @@ class Links:
             if peer != but:
                 link.send(message)
 
-    async def open_bulk(self, peer: NodeId, request: Open, *, timeout: float = 10.0) -> Stream:
-        """Open a stream to ``peer`` and wait until it answered ``Opened``.
+    async def open_bulk(
+        self,
+        peer: NodeId,
+        request: Open,
+        *,
+        timeout: float = 10.0,
+        heard: Callable[[Opened], None] = lambda opened: None,
+    ) -> Stream:
+        """Open a stream to ``peer`` and wait until it answered ``Opened``, which ``heard`` is told.
 
         Raises:
             TransportError: not connected, the connection broke, or no answer within ``timeout`` seconds.
@@ -180,7 +188,7 @@ class Links:
         link = self._links.get(peer)
         if link is None:
             raise TransportError(f"node {peer} is not connected", code="not-connected")
-        return await self._bulk.open(link, request, timeout)
+        return await self._bulk.open(link, request, timeout, heard=heard)
 
     async def examine(self, peer: NodeId) -> Examined:
         """Test the link to ``peer``: its times, and the peer's clock.

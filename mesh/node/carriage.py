@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from mesh.election.core import Election
 from mesh.node.underway import UnderWay
 from mesh.supervise.runner import RpcEndpoint
 from mesh.transport.lane import Stream
+from mesh.tunnel.handover import Doors
 from mesh.tunnel.host import HostTunnels
 from mesh.tunnel.member import HttpTunnel, WorkerTunnel
 from mesh.tunnel.push import PushTunnels
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeId
-from mesh.wire.messages import Open, OpenHttp, OpenPush, OpenRpc
+from mesh.wire.messages import Open, Opened, OpenHttp, OpenPush, OpenRpc
+
+
+class OpenBulk(Protocol):
+    """A stream to a member, for what the message says; ``heard`` is told its answer."""
+
+    async def __call__(self, member: NodeId, request: Open, /, *, heard: Callable[[Opened], None] = ...) -> Stream: ...
 
 
 class Engine(Protocol):
@@ -30,20 +37,23 @@ class Carriage:
         open_bulk: a stream to a member, for what the message says.
         election: says who may be carried for.
         engine: asked when a stream comes, not before.
+        doors: where our engine asks for connections of its own, and is given them.
     """
 
     def __init__(
         self,
         me: NodeId,
-        open_bulk: Callable[[NodeId, Open], Awaitable[Stream]],
+        open_bulk: OpenBulk,
         election: Election,
         engine: Callable[[], Engine],
+        doors: Doors | None,
     ) -> None:
         self.launched: Epoch = NO_EPOCH
         """The number under which the engine was started; a layout may go on under newer ones."""
-        self.to_workers = HostTunnels(open_bulk)
-        self.from_host = WorkerTunnel(self._rpc_endpoint, election.may_carry)
-        self.pushes = PushTunnels(open_bulk, self._rpc_endpoint, election.may_push)
+        self.to_workers = HostTunnels(open_bulk, door=None if doors is None else doors.of_host)
+        given = None if doors is None else doors.of_server
+        self.from_host = WorkerTunnel(self._rpc_endpoint, election.may_carry, door=given)
+        self.pushes = PushTunnels(open_bulk, self._rpc_endpoint, election.may_push, doors)
         self._http = HttpTunnel(self._http_port)
         self.under_way = UnderWay(self._http)
         self._me = me

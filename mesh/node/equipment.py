@@ -9,6 +9,7 @@ from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
 from mesh.errors import EngineError, ModelError
 from mesh.models.gguf import ModelFile
+from mesh.tunnel.handover import Doors
 from mesh.wire.facts import Fingerprint, Layout, NodeId
 
 
@@ -19,6 +20,7 @@ class Equipment:
         file: this node's copy of a model, or None.
         gpu_layers: at most so many layers on the GPU, solo; None for all.
         wire_dtype: of activations, whenever this node is the host.
+        doors: what the engine is told of connections of its own.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Equipment:
         threads: int,
         gpu_layers: int | None,
         wire_dtype: str = "f32",
+        doors: Doors | None = None,
     ) -> None:
         self._me = me
         self._engine = engine
@@ -36,6 +39,7 @@ class Equipment:
         self._threads = threads
         self._gpu_layers = gpu_layers
         self._wire_dtype = wire_dtype
+        self._doors = doors
 
     def rpc_server(self, layout: Layout, port: int, secret: bytes, peers: Mapping[NodeId, str]) -> Launch:
         """This node's rpc-server, which reaches the worker after it as ``peers`` says.
@@ -54,6 +58,7 @@ class Equipment:
             rpc_secret=secret,
             device=share.device,
             peers=peers,
+            handover={} if self._doors is None else self._doors.env_of_rpc_server,
         )
 
     def llama_server(self, layout: Layout, port: int, endpoints: Sequence[str], secret: bytes, api_key: str) -> Launch:
@@ -74,6 +79,7 @@ class Equipment:
             api_key=api_key,
             gpu_layers=self._gpu_layers,
             wire_dtype=self._wire_dtype,
+            handover={} if self._doors is None else self._doors.env_of_llama_server,
         )
 
     def _equipment(self, layout: Layout) -> tuple[Engine, tuple[Path, ...]]:

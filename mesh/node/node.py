@@ -52,6 +52,7 @@ from mesh.supervise.runner import EngineRunner
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Connection, Stream
 from mesh.transport.tcp import TcpLane
+from mesh.tunnel.handover import make_doors
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeFacts, NodeId
 from mesh.wire.messages import (
     Control,
@@ -113,9 +114,10 @@ class Node:
         self._electing = Pump(self._election, self._election_effect, election.Tick, clock)
         self.links = self._make_links(endpoint, tcp)
         self.proxy = Proxy(clock)
-        self._carriage = Carriage(key.id, self.links.open_bulk, self._election, lambda: self._runner)
+        self._doors = None if engine is None else make_doors(settings.state_dir)
+        self._carriage = Carriage(key.id, self.links.open_bulk, self._election, lambda: self._runner, self._doors)
         threads, gpu_layers = self.facts.threads, settings.gpu_layers
-        equipment = Equipment(key.id, engine, self._shelf.file, threads, gpu_layers, settings.wire_dtype)
+        equipment = Equipment(key.id, engine, self._shelf.file, threads, gpu_layers, settings.wire_dtype, self._doors)
         self._runner = EngineRunner(
             key.id,
             state_dir=settings.state_dir,
@@ -278,6 +280,8 @@ class Node:
             self.whereabouts.close(), return_exceptions=True,
         )  # fmt: skip
         self._carriage.close()
+        if self._doors is not None:
+            self._doors.remove()
 
     def save(self) -> None:
         """Write down who belongs and where they are."""

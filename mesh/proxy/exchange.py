@@ -220,15 +220,31 @@ class Exchange:
                     self._hub.tell(Began(self.id, order.attempt, resumable=transcript.resumable and wrappable))
                 await self._reply.begin_events(answer.status, answer.headers)
                 await self._deliver(order, portion)
+                if began:
+                    answer.pass_to(partial(self._straight, order))
         if not self.ask.dialect.is_end(transcript.last):
             raise UpstreamLost(Loss.BROKEN, "the engine ended the stream before the answer was whole")
         return partial(self._reply.end, transcript.finish())
 
+    def _straight(self, order: Dispatch, part: bytes) -> bool:
+        """What most tokens take, once the stream has begun: from one socket to the other without a task in between."""
+        if not self._reply.is_free:
+            return False
+        portion = self._transcript.feed(part)
+        if portion.data:
+            self._reply.write_now(portion.data)
+        if portion.data or portion.traced:
+            self._note(order, portion)
+        return True
+
     async def _deliver(self, order: Dispatch, portion: Portion) -> None:
         """Nothing lies between the write and the note of it: a pump that is cancelled has done both or neither."""
-        transcript = self._transcript
         if portion.data:
             await self._reply.write(portion.data)
+        self._note(order, portion)
+
+    def _note(self, order: Dispatch, portion: Portion) -> None:
+        transcript = self._transcript
         fresh = transcript.deliver(portion)
         if portion.last:
             self._times.delivered(fresh)

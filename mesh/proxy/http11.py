@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import httptools
 
 from mesh.errors import MeshError
-from mesh.transport.lane import Stream
+from mesh.transport.lane import Sink, Stream
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -50,6 +50,12 @@ class Http11:
         self._is_idle, self._may_go_on, self._ends_with_stream = True, True, False
         self._bare = False
         """Headers are all that comes: the answer to HEAD."""
+        self._taker: Sink | None = None
+        self._waits = False
+        """Somebody is waiting for more of the stream."""
+        self._ahead = 0
+        """Bytes at the front of the stream that the parser has had."""
+        self._broken: Http11Error | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -94,8 +100,17 @@ class Http11:
         self._body.clear()
         return part
 
+    def pass_to(self, taker: Sink | None) -> None:
+        """Offer parts of the body to ``taker`` first, at once and in order, while somebody waits in :meth:`read`.
+
+        What it does not take is there to be read. A token then needs no task to be woken on its way to its client.
+        """
+        self._taker = taker
+        self._stream.pass_to(None if taker is None else self._came)
+
     def abort(self) -> None:
         """Cut the connection."""
+        self.pass_to(None)
         self._is_idle = False
         self._stream.abort()
 
@@ -111,12 +126,24 @@ class Http11:
             await self._stream.write(piece)
 
     async def _more(self) -> None:
-        data = await self._stream.read(_READ_BYTES)
+        self._waits = True
+        try:
+            data = await self._stream.read(_READ_BYTES)
+        finally:
+            self._waits = False
+        if self._broken is not None:
+            raise self._broken
         if not data:
             if self._has_head and self._ends_with_stream:
                 self._is_whole = True
                 return
             raise Http11Error("the engine closed the connection")
+        parsed = min(self._ahead, len(data))
+        self._ahead -= parsed
+        if parsed < len(data):
+            self._parse(data[parsed:])
+
+    def _parse(self, data: bytes) -> None:
         if not self._has_head:
             self._head_bytes += len(data)
         try:
@@ -125,6 +152,24 @@ class Http11:
             raise Http11Error(f"what came is no answer: {error}") from error
         if not self._has_head and self._head_bytes > MAX_HEAD_BYTES:
             raise Http11Error(f"the answer's head is over {MAX_HEAD_BYTES} bytes")
+
+    def _came(self, data: bytes) -> bool:
+        """The stream's sink. Once it has left something, it is not asked again before that was read."""
+        taker = self._taker
+        if taker is None or not self._waits or self._body or self._is_whole:
+            return False
+        try:
+            self._parse(data)
+        except Http11Error as error:
+            self._broken = error
+            return False
+        if not self._is_whole:
+            part = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            if not part or taker(part):
+                self._body.clear()
+                return True
+        self._ahead = len(data)
+        return False
 
     # what the parser calls
 

@@ -12,6 +12,7 @@ from mesh.proxy.dialect import COMMENT, Dialect
 from mesh.proxy.failure import Failure
 from mesh.proxy.http11 import Headers
 from mesh.proxy.patience import within
+from mesh.proxy.straight import Straight, straight
 
 STALL_S = 60.0
 """A client that moves nothing for this long is gone: it would keep a slot of the engine from the others."""
@@ -61,6 +62,7 @@ class Reply:
         self._dialect = dialect
         self._stall_s = stall_s
         self._said = _Said.NOTHING
+        self._straight: Straight | None = None
 
     async def comfort(self) -> None:
         """A comment in the event stream, which begins with it if need be."""
@@ -71,13 +73,26 @@ class Reply:
         """The head of an event stream, unless it was sent already."""
         if self._said is _Said.NOTHING:
             self._said = _Said.EVENTS
-            await self._head(status, without(headers, _NOT_PASSED_ON))
+            head = without(headers, _NOT_PASSED_ON)
+            await self._head(status, head)
+            if not any(name.lower() == b"content-length" for name, _ in head):
+                self._straight = straight(self._send)
 
     async def begin_bytes(self, status: int, headers: Headers) -> None:
         """The head of an answer too large to be held back until it is whole."""
         assert self._said is _Said.NOTHING
         self._said = _Said.BYTES
         await self._head(status, without(headers, _NOT_PASSED_ON))
+
+    @property
+    def is_free(self) -> bool:
+        """A part of the event stream can be written at once, by :meth:`write_now`."""
+        return self._straight is not None and self._said is _Said.EVENTS and self._straight.is_free
+
+    def write_now(self, data: bytes) -> None:
+        """Part of the event stream, while it :attr:`is_free`."""
+        assert self._straight is not None
+        self._straight.write(data)
 
     async def write(self, data: bytes) -> None:
         """Part of the body; returns when the client has room for more.

@@ -4,60 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 
 from mesh.errors import TransportError
 from mesh.transport.lane import Sink
+from mesh.transport.received import read_exactly
+from mesh.tunnel.pump import LocalEnd
+
+_HIGH_WATER = 64 << 10
+"""Bytes of an answer whose client is slow; one of hundreds."""
 
 
 class TcpStream:
-    """Satisfies :class:`mesh.transport.lane.Stream`. Waits when the peer does not read (64 KiB are buffered)."""
+    """Satisfies :class:`mesh.transport.lane.Stream`."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, end: LocalEnd) -> None:
+        self._end = end
+        self._ended = False
 
     @property
     def closed(self) -> bool:
         """Gone, or ended by the peer: an HTTP server that ended its half answers nothing more."""
-        return self._writer.transport.is_closing() or self._reader.at_eof()
+        return self._end.is_over
 
     async def read(self, limit: int = 65536) -> bytes:
         try:
-            return await self._reader.read(limit)
+            return await self._end.read(limit)
         except OSError as error:
             raise TransportError(f"the connection broke: {error}") from error
 
     async def read_exactly(self, n: int) -> bytes:
-        try:
-            return await self._reader.readexactly(n)
-        except OSError as error:
-            raise TransportError(f"the connection broke: {error}") from error
+        return await read_exactly(self.read, n)
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except (OSError, RuntimeError) as error:
+            await self._end.write(data)
+        except OSError as error:
             raise TransportError(f"the connection broke: {error}") from error
 
     def write_now(self, data: bytes) -> bool:
-        return False
+        return self._end.write_now(data)
 
     def pass_to(self, sink: Sink | None) -> None:
-        """HTTP is read by its parser alone."""
+        self._end.sink = sink
 
     async def write_eof(self) -> None:
-        if self._writer.can_write_eof() and not self._writer.transport.is_closing():
-            self._writer.write_eof()
+        if not self._ended:
+            self._ended = True
+            self._end.write_eof()
 
     async def wait_closed(self) -> None:
         """Return once the connection is gone, for whatever cause."""
         with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+            await asyncio.shield(self._end.lost)
 
     def abort(self, code: int = 0) -> None:
-        self._writer.transport.abort()
+        self._end.abort()
 
 
 async def open_tcp(host: str, port: int) -> TcpStream:
@@ -67,10 +68,7 @@ async def open_tcp(host: str, port: int) -> TcpStream:
         TransportError: nothing listens there.
     """
     try:
-        reader, writer = await asyncio.open_connection(host, port)
+        _, end = await asyncio.get_running_loop().create_connection(lambda: LocalEnd(_HIGH_WATER), host, port)
     except OSError as error:
         raise TransportError(f"the engine at {host}:{port} cannot be reached: {error.strerror or error}") from error
-    raw = writer.get_extra_info("socket")
-    if raw is not None:
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return TcpStream(reader, writer)
+    return TcpStream(end)

@@ -14,7 +14,7 @@ from types import TracebackType
 from mesh.errors import MeshError, TransportError
 from mesh.proxy.events import Loss
 from mesh.proxy.http11 import Headers, Http11, Http11Error
-from mesh.transport.lane import Stream
+from mesh.transport.lane import Sink, Stream
 from mesh.wire.facts import Epoch, NodeId
 
 IDLE_S = 3.0
@@ -72,12 +72,17 @@ class Answer:
         except Http11Error as error:
             raise UpstreamLost(Loss.BROKEN, f"the engine's answer broke off: {error}") from error
 
+    def pass_to(self, taker: Sink | None) -> None:
+        """See :meth:`Http11.pass_to`: for whoever is in :meth:`parts` now."""
+        self._connection.pass_to(taker)
+
     async def __aenter__(self) -> Answer:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._connection.pass_to(None)
         self._upstream.give_back(self._connection)
 
 

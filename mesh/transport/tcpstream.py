@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import struct
@@ -58,6 +59,7 @@ class TcpStream(asyncio.BufferedProtocol):
         self.on_gone: Callable[[], None] = lambda: None
         """Called once the socket is closed, for whatever cause."""
         self.gone = False
+        self._handed_over = False
 
     # -- the stream's face -------------------------------------------------------------------------------------------
 
@@ -133,10 +135,44 @@ class TcpStream(asyncio.BufferedProtocol):
         if self._transport is not None:
             sock = self._transport.get_extra_info("socket")
             if sock is not None:
+                if self._handed_over:  # closing our descriptor would end nothing
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
                 # A reset: the other side learns it at once and keeps nothing. uvloop's closed sockets raise ValueError.
                 with contextlib.suppress(OSError, ValueError):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
             self._transport.abort()
+
+    def hand_over(self) -> socket.socket:
+        """The socket, for somebody else to read, and to write once :meth:`sent` has returned. Close it when done.
+
+        This stream reads no more. It is :attr:`lost` when somebody cuts it, and :meth:`abort` ends the connection
+        whoever else holds the socket.
+
+        Raises:
+            TransportError: more came than was read, or the stream is lost.
+        """
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        self._check_writable()
+        if self._transport is None or sock is None or self._received.size or not self._tls.is_drained:
+            raise TransportError("the stream cannot be handed over", code="not-idle")
+        self._transport.pause_reading()
+        self._paused = self._handed_over = True
+        return socket.socket(fileno=os.dup(sock.fileno()))
+
+    async def sent(self) -> None:
+        """The kernel has all that was written."""
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(0)
+        if self._full:
+            await self._room_again()
+
+    async def lost(self) -> str:
+        """Wait until the stream is cut; the reason. Nobody may be reading."""
+        while self._read_error is None:
+            self._reader = self._loop.create_future()
+            await self._reader
+        return self._read_error
 
     @property
     def peer_key(self) -> bytes | None:

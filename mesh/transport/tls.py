@@ -101,6 +101,11 @@ class TlsSession:
             return None
         return public.public_bytes(Encoding.Raw, PublicFormat.Raw) if isinstance(public, Ed25519PublicKey) else None
 
+    @property
+    def is_drained(self) -> bool:
+        """All that came was read; not even a part of a record is left."""
+        return not (self._in.pending or self._tls.pending())
+
     def feed(self, ciphertext: bytes | memoryview) -> None:
         """What the network brought."""
         self._in.write(ciphertext)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from mesh.errors import MeshError, TransportError
 from mesh.transport.lane import Stream
+from mesh.transport.tcpstream import TcpStream
+from mesh.tunnel.handover import KEY_BYTES, KEYS_BYTES, Line, watch
 from mesh.tunnel.pump import Traffic, connect_local, pump
 from mesh.wire.codec import encode
 from mesh.wire.facts import Epoch, NodeId
@@ -64,40 +70,22 @@ class _Carrier:
             if source == peer:
                 task.cancel()
 
-    async def _carry(
-        self, peer: NodeId, stream: Stream, port: int, greeting: bytes, on_connected: Callable[[], None]
-    ) -> None:
+    async def _carry(self, peer: NodeId, stream: Stream, carried: Callable[[Traffic], Awaitable[None]]) -> None:
+        """Let ``carried`` have ``stream``, if there is room for one more of ``peer``."""
         own = sum(source == peer for source in self._carrying.values())
         if len(self._carrying) >= self._limit or own >= self._limit_each:
             await _refuse(stream, "busy", f"{len(self._carrying)} streams are open already, {own} of them yours")
             return
 
         async def carry() -> None:
-            try:
-                local = await connect_local(port)
-            except TransportError as error:
-                await _refuse(stream, "not-listening", error.message)
-                return
-            try:
-                if greeting:
-                    await local.write(greeting)
-                await stream.write(encode(Opened()))
-                on_connected()
-                traffic = self._traffic.setdefault(peer, Traffic())
-                traffic.connections += 1
-                await pump(local, stream, traffic)
-            except (TransportError, OSError):
-                pass  # the peer went, or the engine did; each end of a tunnel reports its own
-            finally:
-                # However this ends, also by cancellation before the pump had them: neither end is left open.
-                local.close()
-                if not stream.closed:
-                    stream.abort()
+            # The peer goes, or the engine does; each end of a tunnel reports its own.
+            with contextlib.suppress(TransportError, OSError):
+                await carried(self._traffic.setdefault(peer, Traffic()))
 
         task = asyncio.ensure_future(carry())
         self._carrying[task] = peer
         task.add_done_callback(lambda task: self._carrying.pop(task, None))
-        # A task cancelled before its first step runs no finally.
+        # A task cancelled before its first step runs no finally of its own.
         task.add_done_callback(lambda task: stream.abort() if task.cancelled() else None)
         try:
             await asyncio.wait({task})
@@ -112,6 +100,7 @@ class WorkerTunnel(_Carrier):
         endpoint: our rpc-server of an epoch; None when that epoch is not, or no longer, the one we run.
         may_carry: the peer may reach it in this epoch, and the epoch is the newest we know (fencing).
         on_connected: told the epoch each time a peer has reached our rpc-server.
+        door: where our rpc-server is given connections that it carries on by itself; None: all go through its port.
     """
 
     def __init__(
@@ -120,8 +109,10 @@ class WorkerTunnel(_Carrier):
         may_carry: Callable[[NodeId, Epoch], bool],
         *,
         on_connected: Callable[[Epoch], None] = lambda epoch: None,
+        door: Path | None = None,
     ) -> None:
         super().__init__(MAX_RPC_STREAMS, MAX_RPC_STREAMS)
+        self._door = door
         self.on_connected = on_connected
         self._endpoint = endpoint
         self._may_carry = may_carry
@@ -135,7 +126,23 @@ class WorkerTunnel(_Carrier):
         if endpoint is None:
             await _refuse(stream, "not-ready", f"no rpc-server of epoch {request.epoch.number} runs here")
             return
-        await self._carry(peer, stream, endpoint.port, endpoint.secret, lambda: self.on_connected(request.epoch))
+        connected = partial(self.on_connected, request.epoch)
+
+        async def carried(traffic: Traffic) -> None:
+            line = self._line() if request.sealed and isinstance(stream, TcpStream) else None
+            if line is not None and isinstance(stream, TcpStream):
+                traffic.connections += 1
+                await _hand_over(line, stream, endpoint.secret, connected)
+            else:
+                await _through_port(stream, endpoint.port, endpoint.secret, traffic, connected)
+
+        await self._carry(peer, stream, carried)
+
+    def _line(self) -> Line | None:
+        try:
+            return None if self._door is None else Line.to(self._door)
+        except OSError:
+            return None
 
 
 class HttpTunnel(_Carrier):
@@ -155,7 +162,52 @@ class HttpTunnel(_Carrier):
         if port is None:
             await _refuse(stream, "not-serving", f"this node does not serve epoch {request.epoch.number}")
             return
-        await self._carry(peer, stream, port, b"", lambda: None)
+        await self._carry(peer, stream, lambda traffic: _through_port(stream, port, b"", traffic, lambda: None))
+
+
+async def _through_port(
+    stream: Stream, port: int, greeting: bytes, traffic: Traffic, on_connected: Callable[[], None]
+) -> None:
+    try:
+        local = await connect_local(port)
+    except TransportError as error:
+        await _refuse(stream, "not-listening", error.message)
+        return
+    try:
+        if greeting:
+            await local.write(greeting)
+        await stream.write(encode(Opened()))
+        on_connected()
+        traffic.connections += 1
+        await pump(local, stream, traffic)
+    finally:
+        # However this ends, also by cancellation before the pump had them: neither end is left open.
+        local.close()
+        if not stream.closed:
+            stream.abort()
+
+
+async def _hand_over(line: Line, stream: TcpStream, secret: bytes, on_connected: Callable[[], None]) -> None:
+    """Give ``stream`` to our engine, and wait for its end."""
+    keys = secrets.token_bytes(KEYS_BYTES)
+    try:
+        # Before the peer may use it: what its engine sends first is for ours, and must not be read here.
+        sock = stream.hand_over()
+    except TransportError:
+        line.close()
+        stream.abort()
+        raise
+    try:
+        await stream.write(encode(Opened(seal=keys)))
+        await stream.sent()
+        line.give(secret + keys[KEY_BYTES:] + keys[:KEY_BYTES], sock)
+        on_connected()
+    except BaseException:
+        line.close()
+        stream.abort()
+        sock.close()
+        raise
+    await watch(line, stream, sock)
 
 
 async def _refuse(stream: Stream, code: str, message: str) -> None:

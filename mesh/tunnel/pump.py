@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, cast
 
 from mesh.errors import TransportError
 from mesh.transport.lane import Sink, Stream
+from mesh.transport.received import Received, read_exactly
 from mesh.transport.tcpstream import receive_room
 
 HIGH_WATER = 1 << 20
@@ -37,14 +37,17 @@ class LocalEnd(asyncio.BufferedProtocol):
 
     Received bytes are kept as the pieces they came in. A ``StreamReader`` is as fast for small messages, but does not
     say when its socket has gone while nobody reads, and its writer hides half-closes.
+
+    Args:
+        high_water: bytes that wait in either direction before it is stopped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, high_water: int = HIGH_WATER) -> None:
+        self._high_water = high_water
         loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._room = receive_room()
-        self._pieces: deque[bytes] = deque()
-        self._waiting = 0
+        self._received = Received()
         self._ended = False
         self._aborted = False
         self._reading_paused = False
@@ -61,7 +64,7 @@ class LocalEnd(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         self._transport = transport
-        transport.set_write_buffer_limits(HIGH_WATER)
+        transport.set_write_buffer_limits(self._high_water)
         sock = transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -73,14 +76,19 @@ class LocalEnd(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         data = bytes(self._room[:nbytes])
-        if self.sink is not None and not self._pieces and self.sink(data):
+        if self.sink is not None and not self._received.size and self.sink(data):
             return
-        self._pieces.append(data)
-        self._waiting += nbytes
-        if self._waiting > HIGH_WATER and not self._reading_paused and self._transport is not None:
+        self._received.put(data)
+        if self._received.size > self._high_water and not self._reading_paused and self._transport is not None:
             self._reading_paused = True
             self._transport.pause_reading()
         self._wake_reader()
+
+    @property
+    def is_over(self) -> bool:
+        """Cut, or the other side has ended its half and all it said was read."""
+        closing = self._aborted or (self._transport is not None and self._transport.is_closing())
+        return closing or (self._ended and not self._received.size)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -117,7 +125,7 @@ class LocalEnd(asyncio.BufferedProtocol):
         Raises:
             ConnectionError: the socket is gone.
         """
-        while not self._pieces:
+        while not self._received.size:
             if self._ended:
                 return False
             if self.lost.done():
@@ -126,47 +134,30 @@ class LocalEnd(asyncio.BufferedProtocol):
             await self._readable
         return True
 
-    def _took(self, nbytes: int) -> None:
-        self._waiting -= nbytes
-        if self._reading_paused and self._waiting <= HIGH_WATER // 2 and self._transport is not None:
+    async def read(self, limit: int = CHUNK) -> bytes:
+        """What is there, at least one byte; ``b""`` at the end.
+
+        Raises:
+            ConnectionError: the socket is gone.
+        """
+        if not await self._more():
+            return b""
+        data = self._received.take(limit)
+        if self._reading_paused and self._received.size <= self._high_water // 2 and self._transport is not None:
             self._reading_paused = False
             if not self.lost.done():
                 self._transport.resume_reading()
-
-    async def read(self) -> bytes:
-        """All that is there, at least one byte; ``b""`` at the end."""
-        if not await self._more():
-            return b""
-        data = self._pieces.popleft() if len(self._pieces) == 1 else self._joined()
-        self._took(len(data))
         return data
-
-    def _joined(self) -> bytes:
-        pieces, size = [], 0
-        while self._pieces and size + len(self._pieces[0]) <= CHUNK:  # no piece is larger than that
-            pieces.append(self._pieces.popleft())
-            size += len(pieces[-1])
-        return b"".join(pieces)
 
     async def read_exactly(self, n: int) -> bytes:
         """Raises:
         EOFError: the other side ended first.
         ConnectionError: the socket is gone.
         """
-        data = b""
-        while len(data) < n:
-            if not await self._more():
-                raise EOFError(f"ended after {len(data)} of {n} bytes")
-            piece = self._pieces.popleft()
-            wanted = n - len(data)
-            if len(piece) > wanted:
-                self._pieces.appendleft(piece[wanted:])
-            data += piece[:wanted]
-            self._took(min(wanted, len(piece)))
-        return data
+        return await read_exactly(self.read, n)
 
-    async def write(self, data: bytes) -> None:
-        """Hand over; waits only while more than :data:`HIGH_WATER` is unsent."""
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Hand over; waits only while more than ``high_water`` is unsent."""
         if self.lost.done() or self._transport is None:
             raise self.lost.result() or ConnectionResetError("closed")
         self._transport.write(data)

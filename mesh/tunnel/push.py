@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from mesh.transport.lane import Stream
+from mesh.tunnel.handover import Doors
 from mesh.tunnel.host import HostTunnels, OpenBulk
 from mesh.tunnel.member import Endpoint, WorkerTunnel
 from mesh.tunnel.pump import Traffic
@@ -25,6 +26,7 @@ class PushTunnels:
         open_bulk: the way to the members.
         endpoint: our rpc-server of an epoch; None when that epoch is not, or no longer, the one we run.
         may_push: the peer is right before us in the ring of the epoch, and the epoch is the newest we know (fencing).
+        doors: where our rpc-server asks for a connection of its own, and is given one.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class PushTunnels:
         open_bulk: OpenBulk,
         endpoint: Callable[[Epoch], Endpoint | None],
         may_push: Callable[[NodeId, Epoch], bool],
+        doors: Doors | None = None,
     ) -> None:
-        self._out = HostTunnels(open_bulk, on_failure=_note, request=OpenPush)
-        self._in = WorkerTunnel(endpoint, may_push)
+        ours, given = (None, None) if doors is None else (doors.of_pushes, doors.of_server)
+        self._out = HostTunnels(open_bulk, on_failure=_note, request=OpenPush, door=ours)
+        self._in = WorkerTunnel(endpoint, may_push, door=given)
 
     @property
     def traffic(self) -> Mapping[NodeId, Traffic]:

@@ -350,6 +350,8 @@ class OpenRpc(_Message, frozen=True, tag="rpc"):
     """Raw bytes to the receiver's rpc-server. Only the host of ``epoch`` may ask, and only while it is current."""
 
     epoch: Epoch
+    sealed: bool = False
+    """The sender's engine would carry the connection on by itself, once both sides have the keys of ``Opened``."""
 
 
 class OpenPush(_Message, frozen=True, tag="push"):
@@ -357,6 +359,8 @@ class OpenPush(_Message, frozen=True, tag="push"):
     only while that is current."""
 
     epoch: Epoch
+    sealed: bool = False
+    """As in ``OpenRpc``."""
 
 
 class OpenHttp(_Message, frozen=True, tag="http"):
@@ -374,6 +378,8 @@ class Opened(_Message, frozen=True, tag="opened"):
 
     wall: Annotated[float, Meta(ge=0, le=1e11)] = 0.0
     """The other end's clock, seconds since 1970; 0: not told."""
+    seal: Annotated[bytes, Meta(max_length=64)] = b""
+    """Two keys: what follows is between the engines, encrypted by them. Empty: raw bytes, as ever."""
 
 
 class OpenFailed(_Message, frozen=True, tag="openfailed"):

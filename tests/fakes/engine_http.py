@@ -17,6 +17,7 @@ import h11
 from mesh.errors import MeshError
 from mesh.proxy.tcp import TcpStream
 from mesh.transport.lane import Stream
+from mesh.tunnel.pump import LocalEnd
 
 KEY = "engine-key"
 METRICS = b"# HELP llamacpp:prompt_tokens_total Prompt tokens.\nllamacpp:prompt_tokens_total 7\n"
@@ -82,11 +83,13 @@ class FakeEngine:
 
     async def listen(self, port: int = 0) -> int:
         """Serve on loopback; returns the port."""
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
+        self._server = await asyncio.get_running_loop().create_server(self._accept, "127.0.0.1", port)
         return int(self._server.sockets[0].getsockname()[1])
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.attach(TcpStream(reader, writer))
+    def _accept(self) -> LocalEnd:
+        end = LocalEnd()
+        self.attach(TcpStream(end))
+        return end
 
     def attach(self, stream: Stream) -> None:
         """Serve one connection over ``stream``."""

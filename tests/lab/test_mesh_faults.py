@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.lab import Lab
-from bench.meshnode import MeshNode
+from bench.meshnode import MeshNode, stop_all
 from tests.lab.mesh_kit import IN_LAB, ask, covered, model_file, reference
 
 pytestmark = IN_LAB
@@ -32,13 +32,15 @@ class Mesh:
         token = self.nodes["a"].invite(uses=2)
         for name in ("b", "c"):
             self.nodes[name].start(join=token)
+        for node in self.nodes.values():
+            node.wait_serving(60, members=3)
 
     def whole(self) -> int:
-        """Everybody in, one ring of three; returns its epoch."""
+        """Everybody in, one ring of three; its epoch. Begun anew: who went away in several tests is held off."""
         self.lab.heal_all()
+        stop_all(self.nodes.values())
         for node in self.nodes.values():
-            if not node.running:
-                node.start()
+            node.start()
         for node in self.nodes.values():
             node.wait_serving(60, members=3)
         epochs = {node.status()["mesh"]["epoch"] for node in self.nodes.values()}  # type: ignore[index]

@@ -22,7 +22,7 @@ from mesh.errors import TransportError
 from mesh.proxy import http
 from mesh.proxy.dialect import COMMENT
 from mesh.proxy.tcp import TcpStream, open_tcp
-from mesh.transport.lane import Stream
+from mesh.transport.lane import Sink, Stream
 from tests.eventually import eventually
 from tests.net.engine_kit import Process, serving, write_model
 from tests.net.proxy_ingress import KEY, Ingress, an_ingress
@@ -103,8 +103,23 @@ class Cut:
                 self._stream.abort()
                 raise TransportError("cut, as asked")
         data = await self._stream.read(limit)
+        if self._after is not None:
+            data = data[: self._after - self.brought]
         self.brought += len(data)
         return data
+
+    def write_now(self, data: bytes) -> bool:
+        return False
+
+    def pass_to(self, sink: Sink | None) -> None:
+        def counted(data: bytes) -> bool:
+            fits = self._after is None or self.brought + len(data) <= self._after
+            if sink is None or not fits or not sink(data):
+                return False
+            self.brought += len(data)
+            return True
+
+        self._stream.pass_to(None if sink is None else counted)
 
     async def read_exactly(self, n: int) -> bytes:
         raise NotImplementedError

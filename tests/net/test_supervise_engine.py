@@ -70,7 +70,7 @@ class Ring:
                 lambda peer, epoch: peer == A,
             )
             self.pushes[me] = PushTunnels(
-                lambda to, request, me=me: self.open_push(me, to, request),  # type: ignore[misc]
+                lambda to, request, me=me, **_: self.open_push(me, to, request),  # type: ignore[misc]
                 lambda epoch, me=me: self.runners[me].rpc_endpoint(epoch),  # type: ignore[misc]
                 lambda peer, epoch, me=me: self.may_push and self.runners[peer].layout.successor(peer) == me,  # type: ignore
             )
@@ -108,7 +108,7 @@ class Ring:
     def tell(self, host: str, worker: str, message: WorkerReady) -> None:
         self.runners[host].post(MemberReady(worker, message.epoch))
 
-    async def open_bulk(self, worker: str, request: OpenRpc | OpenPush) -> Any:
+    async def open_bulk(self, worker: str, request: OpenRpc | OpenPush, **_: Any) -> Any:
         return await self.opened(lambda stream: self.worker_ends[worker].serve(A, request, stream))
 
     async def open_push(self, source: str, worker: str, request: OpenRpc | OpenPush) -> Any:

@@ -24,7 +24,7 @@ from mesh.supervise.runner import EngineRunner
 from mesh.tunnel import HostTunnels, WorkerTunnel
 from mesh.wire.codec import open_reply_decoder, read_frame
 from mesh.wire.facts import Epoch, Layout
-from mesh.wire.messages import EngineDown, LoadProgress, Opened, OpenRpc, Serving, WorkerReady
+from mesh.wire.messages import EngineDown, LoadProgress, Opened, Serving, WorkerReady
 from tests.eventually import eventually
 from tests.fakes.processes import (
     FakeChild,
@@ -212,7 +212,7 @@ async def ring(nodes: list[Node], tmp_path: Path) -> tuple[Node, Node, Node]:
     """Host a and workers b, c with real processes and tunnels; messages and streams cross in memory."""
     workers: dict[str, tuple[Node, WorkerTunnel]] = {}
 
-    async def open_bulk(worker: str, request: OpenRpc) -> Any:
+    async def open_bulk(worker: str, request: Any, **_: Any) -> Any:
         ours, theirs = stream_pair()
         task = asyncio.ensure_future(workers[worker][1].serve(A, request, theirs))
         tasks.add(task)

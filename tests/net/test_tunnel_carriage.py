@@ -18,7 +18,7 @@ from mesh.tunnel import host as host_module
 from mesh.tunnel.pump import HIGH_WATER, LocalEnd, Traffic, connect_local, pump
 from mesh.wire.codec import open_reply_decoder, read_frame
 from mesh.wire.facts import Epoch
-from mesh.wire.messages import Opened, OpenFailed, OpenHttp, OpenRpc
+from mesh.wire.messages import Opened, OpenFailed, OpenHttp, OpenPush, OpenRpc
 from tests.eventually import eventually
 from tests.fakes.processes import node_id
 from tests.fakes.transport import FakeStream, stream_pair
@@ -78,7 +78,9 @@ class Wire:
         self.asked: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def open_bulk(self, worker: str, request: OpenRpc) -> FakeStream:
+    async def open_bulk(
+        self, worker: str, request: OpenRpc | OpenPush, *, heard: Callable[[Opened], None] = lambda opened: None
+    ) -> FakeStream:
         self.asked.append(worker)
         ours, theirs = stream_pair()
         self.streams.append(ours)
@@ -89,6 +91,7 @@ class Wire:
         if isinstance(reply, OpenFailed):
             ours.abort()
             raise TransportError(f"{worker} refused: {reply.message}")
+        heard(reply)
         return ours
 
 
@@ -428,7 +431,7 @@ async def test_a_stream_that_stands_still_stops_the_local_sender() -> None:
     total = 32 << 20
     writer.write(b"x" * total)
     await eventually(lambda: local._reading_paused)
-    assert local._waiting <= HIGH_WATER + (1 << 18)
+    assert local._received.size <= HIGH_WATER + (1 << 18)
     received = 0
     writer.write_eof()
     while data := await theirs.read():
@@ -489,7 +492,7 @@ async def test_a_connection_that_is_gone_keeps_no_room() -> None:
 
 
 async def test_a_worker_that_does_not_answer_is_given_up_and_named(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(worker: str, request: OpenRpc) -> FakeStream:
+    async def never(worker: str, request: OpenRpc | OpenPush, **_: Any) -> FakeStream:
         await asyncio.Event().wait()
         raise AssertionError
 

@@ -4,63 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 
-from mesh.clock import SystemClock
-from mesh.identity.key import NodeKey
-from mesh.transport.connection import PeerConnection
-from mesh.transport.endpoint import Endpoint
-from mesh.transport.lane import Stream
-from mesh.transport.tcp import TICKET_BYTES, TcpLane
 from mesh.transport.tcpstream import TcpStream
 from mesh.tunnel.pump import HIGH_WATER, LocalEnd, Traffic, connect_local, pump
 from tests.eventually import eventually
+from tests.net.lanes_kit import over_quic, over_tcp
 
 Local = tuple[LocalEnd, asyncio.StreamReader, asyncio.StreamWriter]
-
-
-@asynccontextmanager
-async def over_tcp() -> AsyncIterator[tuple[Stream, Stream]]:
-    key, found = NodeKey.generate(), list[TcpStream]()
-
-    async def anybody(ticket: bytes) -> str | None:
-        return "b" * 26
-
-    listener, dialer = TcpLane(key), TcpLane(NodeKey.generate())
-    listener.recognise, listener.on_stream = anybody, lambda peer, stream: found.append(stream)
-    [address] = await listener.start([("127.0.0.1", 0)])
-    ours = await dialer.dial(address, expect=key.id, ticket=bytes(TICKET_BYTES), opening=b"!", timeout=5)
-    await eventually(lambda: found)
-    await found[0].read_exactly(1)
-    found[0].trust()
-    ours.trust()
-    yield ours, found[0]
-    await dialer.close()
-    await listener.close()
-
-
-@asynccontextmanager
-async def over_quic() -> AsyncIterator[tuple[Stream, Stream]]:
-    arrived, streams = list[PeerConnection](), list[Stream]()
-    dialer = Endpoint(NodeKey.generate(), SystemClock(), on_connection=lambda connection: None)
-    listener = Endpoint(NodeKey.generate(), SystemClock(), on_connection=arrived.append)
-    await dialer.start([("127.0.0.1", 0)])
-    [address] = await listener.start([("127.0.0.1", 0)])
-    there = await dialer.dial(address, expect=listener.key.id)
-    await eventually(lambda: arrived)
-    arrived[0].on_stream = streams.append
-    there.widen()
-    arrived[0].widen()
-    ours = await there.open_stream()
-    await ours.write(b"!")
-    await eventually(lambda: streams)
-    await streams[0].read_exactly(1)
-    yield ours, streams[0]
-    await dialer.close()
-    await listener.close()
 
 
 LANES = pytest.mark.parametrize("lane", [over_tcp, over_quic])
@@ -124,7 +76,7 @@ async def test_a_small_message_needs_no_task_on_its_way(lane: object, monkeypatc
         await asyncio.sleep(0)
         queued: list[bytes] = []
         for local, _, _ in ends:
-            monkeypatch.setattr(local, "_took", queued.append)  # what a task takes out, it has to say
+            monkeypatch.setattr(local, "_wake_reader", lambda: queued.append(b"a task is to take it"))
         ends[0][2].write(b"activations")
         async with asyncio.timeout(5):
             assert await ends[1][1].readexactly(11) == b"activations"

@@ -38,7 +38,7 @@ class Pair:
         self.sender = B
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def open_bulk(self, worker: str, request: Any) -> FakeStream:
+    async def open_bulk(self, worker: str, request: Any, **_: Any) -> FakeStream:
         assert isinstance(request, OpenPush)
         ours, theirs = stream_pair()
         self.streams.append(ours)

@@ -260,6 +260,19 @@ def test_after_a_restart_the_first_proposal_is_above_what_was_remembered() -> No
     assert adopted(told.wait(1.5)) == [Epoch(8, A)]
 
 
+def test_a_coordinator_that_is_back_before_it_was_missed_does_not_go_on_under_its_old_number() -> None:
+    """The others told it of its own layout, and it took that up again: killed and started under the same epoch."""
+    told = Told(0, 1, 2, seen=4)
+    effects = told.hear(1, propose(4, 0, 0, 1, 2)) + told.wait(1.0)
+    assert adopted(effects)[-1] == Epoch(5, A)
+    assert "restarted" in proposed(effects)[-1].reason
+
+
+def test_a_bystander_that_is_back_follows_the_number_it_knew() -> None:
+    told = Told(0, 1, 2, seen=4, c=facts_of(2, layers=LONE))
+    assert adopted(told.hear(2, propose(4, 2, 2)) + told.wait(0.2)) == [Epoch(4, C)]
+
+
 def test_a_running_layout_is_not_given_up_for_a_bystanders_proposal_at_once() -> None:
     told = serving(1, 0)
     told.join(facts_of(2))

@@ -383,6 +383,8 @@ class Shadow:
     resumable: bool = False
     refused: bool = False
     """It begins anew each time."""
+    waits: bool = True
+    """For a layout; else it has one chance."""
 
 
 class RequestsUnderChange(RuleBasedStateMachine):
@@ -425,7 +427,7 @@ class RequestsUnderChange(RuleBasedStateMachine):
     @rule(streams=st.booleans(), holds=st.booleans(), model=st.sampled_from([None, "tiny", "other"]))
     def arrives(self, streams: bool, holds: bool, model: str | None) -> None:
         self.number += 1
-        self.requests[self.number] = Shadow()
+        self.requests[self.number] = Shadow(waits=holds)
         self.send(Arrived(self.number, streams=streams, model=model, holds=holds))
 
     @rule(step=st.integers(0, 1))
@@ -492,7 +494,7 @@ class RequestsUnderChange(RuleBasedStateMachine):
         shadow = self.requests[number]
         shadow.under_way, shadow.resumable, shadow.refused = False, False, True
         self.send(Refused(number, shadow.attempt, "cannot"))
-        assert (number in self.ended) is shadow.begun, "who has nothing yet begins anew"
+        assert (number in self.ended) is (shadow.begun or not shadow.waits), "who has nothing yet begins anew"
 
     @precondition(lambda self: any(s.under_way for s in self.requests.values()))
     @rule(data=st.data())
