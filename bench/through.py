@@ -2,12 +2,13 @@
 
     bin/bench through --json through.json
 
-``mesh`` is ``mesh up`` on every machine; ``bare`` is the very same commands, with as many layers on as many machines,
-over plain TCP instead of tunnels. Both are up at once and asked in turns, first one, then the other, so that a busy
-machine meets both; figures are medians of each pair's ratio. Cases:
+``mesh`` is ``mesh up`` on every machine. Both sides are asked in turns, first one, then the other, so that a busy machine
+meets both; figures are medians of each pair's ratio. Cases:
 
-- ``solo``: one machine; the proxy beside ``llama-server`` itself.
-- ``lan``: rings over a gigabit network.
+- ``solo``: one machine; the proxy beside ``llama-server`` itself, the very process: another one of the same command
+  line may be 6% faster or slower, for as long as it lives.
+- ``lan``: rings over a gigabit network; ``bare`` is the very same commands, with as many layers on as many machines,
+  over plain TCP. Both are up at once, and begun anew ``--rounds`` times.
 - ``blocked``: rings over ``wan40`` whose machines cannot reach each other by TCP, so that QUIC carries them; bare TCP
   runs on machines that can.
 
@@ -26,10 +27,11 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import httpx
+import psutil
 
 from bench import settings, tables
 from bench.lab import Lab, LabError, lab_available
@@ -137,8 +139,17 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def compare(case: str, workers: int, task: Task, options: argparse.Namespace) -> Pairs:
-    """Start both and ask them in turns."""
+    """Start both and ask them in turns, several times."""
     pairs = Pairs(case, workers)
+    for number in range(options.rounds):
+        directory = task.directory / f"{case}-{workers}-{number}"
+        directory.mkdir()
+        _round(pairs, replace(task, directory=directory), options, number * options.pairs)
+    return pairs
+
+
+def _round(pairs: Pairs, task: Task, options: argparse.Namespace, first: int) -> None:
+    case, workers = pairs.case, pairs.workers
     ours = machine_names(workers)
     # Cores are dealt in turn: with an even number before them, each bare machine has the core of its counterpart.
     spare = ["x"] if len(ours) % 2 else []
@@ -149,23 +160,34 @@ def compare(case: str, workers: int, task: Task, options: argparse.Namespace) ->
             lab.block(a, b, "tcp")
         mesh, figures, nodes = stack.enter_context(settings.mesh(lab, task, workers, ours))
         pairs.layers = figures.layers
-        order = [theirs[ours.index(name)] for name in (mesh.client_node, *mesh.workers)]
+        sides = [(mesh, stack.enter_context(lab.client(mesh.client_node)))]
         if workers:
+            order = [theirs[ours.index(name)] for name in (mesh.client_node, *mesh.workers)]
             bare = stack.enter_context(ring_settings.ring(lab, task, pairs.layers, names=order))
+            sides.append((bare, stack.enter_context(lab.client(bare.client_node))))
         else:
-            bare = stack.enter_context(ring_settings.solo(lab, task, host=order[0]))
-        sides = [(setting, stack.enter_context(lab.client(setting.client_node))) for setting in (mesh, bare)]
+            port, key = _engine_of(nodes[mesh.client_node])
+            headers = {"authorization": f"Bearer {key}"}
+            client = stack.enter_context(lab.client(mesh.client_node, headers=headers))
+            sides.append((replace(mesh, base_url=f"http://127.0.0.1:{port}"), client))
         for setting, client in sides:
             _turn(setting, client, options, 999, set())
         lab.reset_counters()
-        for number in range(options.pairs):
+        for number in range(first, first + options.pairs):
             both = list(zip(sides, (pairs.mesh, pairs.bare), strict=True))
             for (setting, client), turns in both if number % 2 else reversed(both):
                 turns.append(_turn(setting, client, options, number, pairs.texts))
         timing = lab.timing()
-        pairs.late = timing.late / max(1, timing.delivered)
+        pairs.late = max(pairs.late, timing.late / max(1, timing.delivered))
         pairs.paths = _paths(nodes)
-    return pairs
+
+
+def _engine_of(node: MeshNode) -> tuple[int, str]:
+    """Port and key of the ``llama-server`` behind a node's proxy."""
+    (pid,) = node.engine_pids("llama-server")
+    process = psutil.Process(pid)
+    arguments = process.cmdline()
+    return int(arguments[arguments.index("--port") + 1]), process.environ()["LLAMA_API_KEY"]
 
 
 def _turn(setting: Setting, client: httpx.Client, options: argparse.Namespace, salt: int, texts: set[str]) -> Turn:
@@ -209,7 +231,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--case", nargs="+", choices=list(CASES), default=list(CASES))
     add("--model", default="mid", metavar="demo|mid|noise-mid|noise-large|PATH")
     add("--workers", type=int, nargs="+", default=[1, 2], metavar="N")
-    add("--pairs", type=int, default=9, metavar="N", help="of questions to the mesh and to the bare engine")
+    add("--rounds", type=int, default=3, metavar="N", help="each with engines of its own")
+    add("--pairs", type=int, default=5, metavar="N", help="of questions to both sides, in each round")
     add("--tokens", type=int, default=64, metavar="N", help="generated per turn")
     add("--prompt-words", type=int, default=400, metavar="N")
     add("--ctx-size", type=int, default=2048, metavar="N")
@@ -217,8 +240,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE")
     add("--keep", type=Path, metavar="DIR", help="keep logs and state directories here")
     options = parser.parse_args(arguments)
-    if options.pairs < 1 or not all(1 <= count < len(BARE) for count in options.workers):
-        parser.error(f"at least one pair, and 1 to {len(BARE) - 1} workers")
+    if options.pairs < 1 or options.rounds < 1 or not all(1 <= count < len(BARE) for count in options.workers):
+        parser.error(f"at least one round and pair, and 1 to {len(BARE) - 1} workers")
     return options
 
 

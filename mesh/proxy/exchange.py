@@ -230,6 +230,12 @@ class Exchange:
         """What most tokens take, once the stream has begun: from one socket to the other without a task in between."""
         if not self._reply.is_free:
             return False
+        block = self._transcript.pass_on(part)
+        if block is not None:
+            self._reply.write_now(block)
+            self._times.delivered(1)
+            self._charge(order, 1)
+            return True
         portion = self._transcript.feed(part)
         if portion.data:
             self._reply.write_now(portion.data)
@@ -244,10 +250,13 @@ class Exchange:
         self._note(order, portion)
 
     def _note(self, order: Dispatch, portion: Portion) -> None:
-        transcript = self._transcript
-        fresh = transcript.deliver(portion)
+        fresh = self._transcript.deliver(portion)
         if portion.last:
             self._times.delivered(fresh)
+        self._charge(order, fresh)
+
+    def _charge(self, order: Dispatch, fresh: int) -> None:
+        transcript = self._transcript
         if not self._tokens.take(fresh * TOKEN_BYTES):
             transcript.spoiled = True
         if transcript.spoiled and transcript.last and not self._spoilt:

@@ -113,6 +113,31 @@ class Transcript:
             self._let_go(out)
         return Portion(bytes(out.data), out.traced, out.last)
 
+    def pass_on(self, data: bytes) -> bytes | None:
+        """What :meth:`feed` and :meth:`deliver` make of one whole group of one block and one token, in a single step.
+
+        Most pieces are one. None: this is another kind, or comes in the middle of something, and nothing was done.
+        """
+        if self._waiting or self._group.missing or not data.startswith(_TRACE):
+            return None
+        line, _, block = data.partition(b"\n")
+        words = line.split(b" ")
+        if len(words) != 5 or words[3] != b"1" or not (words[2].isdigit() and words[4].isdigit()):
+            return None
+        choice, token = int(words[2]), int(words[4])
+        is_one = block.find(b"\n\n") == len(block) - 2 > 0 and b"\r" not in block and not block.startswith(b":")
+        if not is_one or choice >= MAX_CHOICES or token >> 32 or self.n_tokens >= MAX_TOKENS:
+            return None
+        said = self._choices.get(choice)
+        if said is None:
+            said = self._choices[choice] = Said()
+        said.tokens.append(token)
+        self.n_tokens += 1
+        self._traced = True
+        self.cut_inside = False
+        self.last = block[:-2]
+        return block
+
     def deliver(self, portion: Portion) -> int:
         """The client has it. Returns how many tokens that are new to the record."""
         fresh = 0

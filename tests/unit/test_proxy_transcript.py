@@ -103,6 +103,50 @@ def test_whenever_the_engine_dies_the_record_is_what_the_client_has(
     assert not seen.spoiled
 
 
+USUAL = st.builds(
+    Group,
+    st.integers(0, 3),
+    st.lists(st.integers(0, 2**33), min_size=1, max_size=1),
+    st.lists(BLOCKS, min_size=1, max_size=1),
+)
+ODD = st.sampled_from(
+    [
+        b": mesh 0 1 7\n\n\n",
+        b": mesh 0 1 +7\ndata: x\n\n",
+        b": mesh 0 1 7 \ndata: x\n\n",
+        b": mesh 300 1 7\ndata: x\n\n",
+    ]
+)
+
+
+@given(
+    st.lists(
+        st.one_of(USUAL, *[GROUPS.filter(bool).map(lambda groups: groups[0])]).map(lambda g: g.said) | ODD, max_size=12
+    ),
+    st.data(),
+)
+def test_the_short_way_through_makes_no_difference(said: list[bytes], data: st.DataObject) -> None:
+    short, long = Transcript(), Transcript()
+    cut = data.draw(st.booleans())
+    for piece in said if not cut else pieces(b"".join(said), data.draw(st.lists(st.integers(0, 2000), max_size=12))):
+        portion = long.feed(piece)
+        long.deliver(portion)
+        passed = short.pass_on(piece)
+        if passed is None:
+            other = short.feed(piece)
+            short.deliver(other)
+            passed = other.data
+        assert passed == portion.data
+        for seen in ("choices", "last", "spoiled", "resumable", "n_tokens", "cut_inside"):
+            assert getattr(short, seen) == getattr(long, seen), seen
+
+
+def test_most_pieces_take_the_short_way() -> None:
+    seen = Transcript()
+    assert seen.pass_on(b': mesh 0 1 17\ndata: {"content": "a"}\n\n') == b'data: {"content": "a"}\n\n'
+    assert (ids_of(seen), seen.last, seen.resumable) == ([[17]], b'data: {"content": "a"}', True)
+
+
 def test_another_engine_begins_where_the_last_whole_group_ended() -> None:
     seen = Transcript()
     seen.deliver(seen.feed(b": mesh 0 1 5\ndata: a\n\n: mesh 0 2 6 7\ndata: half a group\n\ndata: ha"))
