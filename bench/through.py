@@ -2,8 +2,8 @@
 
     bin/bench through --json through.json
 
-``mesh`` is ``mesh up`` on every machine. Both sides are asked in turns, first one, then the other, so that a busy machine
-meets both; figures are medians of each pair's ratio. Cases:
+``mesh`` is ``mesh up`` on every machine. Both sides are asked in turns, first one, then the other, so that a busy
+machine meets both; figures are medians of each pair's ratio. Cases:
 
 - ``solo``: one machine; the proxy beside ``llama-server`` itself, the very process: another one of the same command
   line may be 6% faster or slower, for as long as it lives.

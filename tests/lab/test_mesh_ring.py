@@ -101,6 +101,16 @@ def test_no_weights_cross_the_network_while_loading(ring: Ring) -> None:
     assert all(0 < count < 2_000_000 for count in sent.values()), sent
 
 
+def test_the_engines_carry_their_own_bytes(ring: Ring) -> None:
+    """Every connection of a ring is an engine's at both ends, and none leads to a loopback port."""
+    host = next(name for name in WORKERS if ring.nodes[name].status()["node"]["role"] == "host")  # type: ignore[index]
+    for machine in WORKERS:
+        program = "llama-server" if machine == host else "ggml-rpc-server"
+        listed = ring.lab.run(machine, ["ss", "-tnpH", "state", "established"]).stdout.splitlines()
+        remote = [line.split()[3].rpartition(":")[0] for line in listed if program[:15] in line]
+        assert {ring.lab.address(other) for other in WORKERS} - {ring.lab.address(machine)} == set(remote), listed
+
+
 def test_chat_streams_and_embeddings_are_answered_through_a_lite_client(ring: Ring) -> None:
     node = ring.client
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}

@@ -10,6 +10,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mesh.tunnel.handover import KEY_BYTES, KEYS_BYTES
+from tests.net.rpc_client import CODED, decode
 
 MOST = 64 * 1024
 
@@ -67,10 +68,13 @@ class Sealed:
             return True
 
     async def ask(self, command: int, body: bytes) -> bytes:
-        """One command of the engine's RPC, answered without coding."""
+        """One command of the engine's RPC."""
         await self.write(struct.pack("<BQ", command, len(body)) + body)
         (size,) = struct.unpack("<Q", await self.read_exactly(8))
-        return await self.read_exactly(size)
+        if not size & CODED:
+            return await self.read_exactly(size)
+        (plain,) = struct.unpack("<Q", await self.read_exactly(8))
+        return decode(await self.read_exactly(size & ~CODED), plain)
 
     def close(self) -> None:
         """As a process that ends."""
