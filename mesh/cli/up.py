@@ -27,7 +27,7 @@ from mesh.node.record import Record
 from mesh.node.run import run
 from mesh.node.statedir import StateDir
 from mesh.notice import Notice, View
-from mesh.supervise.priority import yield_to_engines
+from mesh.supervise.priority import priority
 
 LOG_BYTES = 4 * 1024 * 1024
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def run_node(settings: Settings) -> None:
                         return
                 computes = settings.role == "worker" and not settings.relay_only
                 engine, model = _equip(settings, view) if computes else (None, None)
-                yield_to_engines()
+                priority.yield_to_engines()
                 asyncio.run(_until_stopped(settings, record, engine, model, view))
             except MeshError as error:
                 log.error("%s", error.message)

@@ -13,7 +13,7 @@ from mesh.errors import AdmissionError, MeshError, TransportError
 from mesh.identity.key import node_id
 from mesh.transport.address import join_address
 from mesh.transport.lane import Connection, Detour, Path, Stream
-from mesh.transport.quic import MAX_DATAGRAM, MIN_DATAGRAM, PinnedQuic
+from mesh.transport.quic import MIN_DATAGRAM, PinnedQuic
 from mesh.transport.router import Router
 from mesh.transport.stream import SEND_BUFFER, QuicStream
 from mesh.transport.udp import Addr, UdpSocket
@@ -151,6 +151,8 @@ class PeerConnection:
     def widen(self) -> None:
         """The peer was admitted: let it send as much at once as a member may."""
         self.quic.widen()
+        if self.path == "quic":
+            self.quic.find_mtu()
         self._schedule()
 
     # -- called by streams -------------------------------------------------------------------------------------------
@@ -236,7 +238,10 @@ class PeerConnection:
     # -- within ------------------------------------------------------------------------------------------------------
 
     def _path_changed(self) -> None:
-        self.quic.fit(MAX_DATAGRAM if self.path == "quic" else MIN_DATAGRAM)
+        if self.path == "quic":
+            self.quic.find_mtu()
+        else:
+            self.quic.fit(MIN_DATAGRAM)
         if self.established and not self.closed:
             self._loop.call_soon(self.on_path)
 

@@ -1,6 +1,6 @@
 """QUIC with pinned keys: the only place that touches what aioquic does not promise.
 
-aioquic's state machine is used as it is, with six changes, each guarded by
+aioquic's state machine is used as it is, with seven changes, each guarded by
 ``tests/net/test_transport_contract.py`` or ``test_transport_paths.py``:
 
 - The server asks for a client certificate. aioquic verifies that the client holds the certificate's key, but accepts
@@ -10,6 +10,7 @@ aioquic's state machine is used as it is, with six changes, each guarded by
   fill our memory while nobody reads.
 - Congestion control of ours (:mod:`mesh.transport.congestion`).
 - We learn at once that the peer closed; aioquic tells only after the draining period.
+- Datagrams grow to what the path takes (:mod:`mesh.transport.pathmtu`).
 - Either side may move: a client of aioquic takes nothing from an address it did not dial, but our listeners are laptops
   too (:meth:`PinnedQuic.receive_from`), and a connection goes on over a better path when there is one
   (:meth:`PinnedQuic.move`).
@@ -24,8 +25,8 @@ from typing import Any
 from aioquic import tls
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import Limit, QuicConnection, QuicNetworkPath, QuicReceiveContext
-from aioquic.quic.packet import QuicFrameType, QuicProtocolVersion
-from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.quic.packet import QuicFrameType, QuicPacketType, QuicProtocolVersion
+from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 from cryptography import x509
@@ -35,6 +36,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from mesh.transport.congestion import NAME as CONGESTION
 from mesh.transport.congestion import Pacer
+from mesh.transport.pathmtu import PathMtu
 
 # It warns about every malformed packet: any stranger could fill our log.
 logging.getLogger("quic").setLevel(logging.ERROR)
@@ -45,6 +47,8 @@ MAX_DATAGRAM = 1232
 """Bytes. Fits IPv6 in the 1280-byte MTU that tunnels and VPNs leave at worst."""
 MIN_DATAGRAM = 1200
 """Bytes of the largest datagram inside another connection's: what QUIC asks of every path."""
+BLACK_HOLE_TIMEOUTS = 3
+"""Probe timeouts in a row after which large datagrams are taken to vanish: a route may have changed."""
 CID_LENGTH = 8
 MAX_FRAME_DATA = MAX_DATAGRAM - 16 - (1 + CID_LENGTH + 2) - 3
 """Bytes one DATAGRAM frame takes in a packet of its own: what is left by the tag, the packet's and the frame's header.
@@ -104,6 +108,7 @@ class PinnedQuic(QuicConnection):
         self._stream_consumed: dict[int, int] = {}
         self._no_limit = Limit(QuicFrameType.MAX_DATA, "none", 1)
         self._local_max_streams_uni = Limit(QuicFrameType.MAX_STREAMS_UNI, "max_streams_uni", 0)
+        self._mtu = PathMtu(MAX_DATAGRAM)
         self._loss._pacer = Pacer(max_datagram_size=MAX_DATAGRAM)
 
     # -- what the lane asks ------------------------------------------------------------------------------------------
@@ -143,7 +148,13 @@ class PinnedQuic(QuicConnection):
 
     def fit(self, largest: int) -> None:
         """Datagrams to the peer shall be at most so long from now on."""
+        self._mtu.settle(largest)
         self._max_datagram_size = largest
+
+    def find_mtu(self) -> None:
+        """The path is another one, or new: see how long datagrams may be."""
+        self._mtu.search()
+        self._max_datagram_size = self._mtu.largest
 
     def move(self, addr: Any) -> None:
         """The peer is at ``addr``, and was proven to be: send everything there from now on."""
@@ -238,6 +249,49 @@ class PinnedQuic(QuicConnection):
             self._consumed += max(0, stream.receiver.highest_offset - delivered)
 
     # -- what is changed in aioquic ----------------------------------------------------------------------------------
+
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        datagrams = super().datagrams_to_send(now)
+        path = self._network_paths[0]
+        if self._handshake_confirmed and self._close_event is None and path.is_validated:
+            size = self._mtu.next_probe()
+            if size is not None:
+                datagrams += self._probe(size, path, now)
+        return datagrams
+
+    def handle_timer(self, now: float) -> None:
+        super().handle_timer(now)
+        if self._loss._pto_count >= BLACK_HOLE_TIMEOUTS and self._max_datagram_size > MAX_DATAGRAM:
+            self.fit(MAX_DATAGRAM)
+
+    def _probe(self, size: int, path: QuicNetworkPath, now: float) -> list[tuple[bytes, Any]]:
+        builder = QuicPacketBuilder(
+            host_cid=self.host_cid,
+            is_client=self._is_client,
+            max_datagram_size=size,
+            packet_number=self._packet_number,
+            peer_cid=self._peer_cid.cid,
+            peer_token=b"",
+            spin_bit=self._spin_bit,
+            version=self._version or QuicProtocolVersion.VERSION_1,
+        )
+        builder.start_packet(QuicPacketType.ONE_RTT, self._cryptos[tls.Epoch.ONE_RTT])
+        builder.start_frame(QuicFrameType.PING, handler=self._probe_ended, handler_args=(size,))
+        builder._datagram_needs_padding = True
+        datagrams, packets = builder.flush()
+        self._packet_number = builder.packet_number
+        for packet in packets:
+            packet.sent_time = now
+            packet.in_flight = False  # what becomes of it says nothing of congestion (RFC 9000, section 14.4)
+            self._loss.on_packet_sent(packet=packet, space=self._spaces[tls.Epoch.ONE_RTT])
+        return [(datagram, path.addr) for datagram in datagrams]
+
+    def _probe_ended(self, delivery: QuicDeliveryState, size: int) -> None:
+        if delivery == QuicDeliveryState.ACKED:
+            self._mtu.delivered(size)
+            self._max_datagram_size = self._mtu.largest
+        else:
+            self._mtu.lost()
 
     def _initialize(self, peer_cid: bytes) -> None:
         super()._initialize(peer_cid)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -18,6 +19,19 @@ Addr = tuple[Any, ...]
 Datagram = tuple[bytes, Addr]
 Receiver = Callable[["UdpSocket", list[Datagram]], None]
 
+_DO_NOT_FRAGMENT = {
+    ("linux", socket.AF_INET): (socket.IPPROTO_IP, 10, 3),  # IP_MTU_DISCOVER: IP_PMTUDISC_PROBE
+    ("linux", socket.AF_INET6): (socket.IPPROTO_IPV6, 23, 3),
+    ("darwin", socket.AF_INET): (socket.IPPROTO_IP, 28, 1),  # IP_DONTFRAG
+    ("darwin", socket.AF_INET6): (socket.IPPROTO_IPV6, 62, 1),
+    ("win32", socket.AF_INET): (socket.IPPROTO_IP, 14, 1),  # IP_DONTFRAGMENT
+    ("win32", socket.AF_INET6): (socket.IPPROTO_IPV6, 14, 1),
+}
+"""Socket options that Python has no names for everywhere. A datagram too long for its path is lost, and so noticed."""
+_SEGMENT = (17, 103)
+"""Linux: SOL_UDP, UDP_SEGMENT. One call, and one way through the kernel, for datagrams of one length to one address."""
+_MOST_SEGMENTS = 64
+_MOST_SEGMENT_BYTES = 60_000
 _BUFFER = 8 * 1024 * 1024
 _BATCH = 64
 _MAX_QUEUED = 4096
@@ -42,6 +56,8 @@ def bind(host: str, port: int) -> socket.socket:
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        with contextlib.suppress(OSError, KeyError):
+            sock.setsockopt(*_DO_NOT_FRAGMENT[sys.platform, family])
         sock.setblocking(False)
         sock.bind((host, port))
     except OSError as error:
@@ -72,6 +88,7 @@ class UdpSocket:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.DatagramTransport | None = None
         self._closed = False
+        self._segments = sys.platform == "linux"
 
     async def open(self) -> None:
         """Begin to read."""
@@ -95,19 +112,41 @@ class UdpSocket:
             while len(self._queue) > _MAX_QUEUED:
                 self._queue.pop()
             return
-        sendto = self._sock.sendto
-        pending = iter(datagrams)
-        for data, addr in pending:
+        all_of_them = list(datagrams)
+        sent = 0
+        while sent < len(all_of_them):
             try:
-                sendto(data, addr)
+                sent += self._send_some(all_of_them, sent)
             except (BlockingIOError, InterruptedError):
-                self._queue.append((data, addr))
-                self._queue.extend(pending)
+                self._queue.extend(all_of_them[sent:])
                 self._loop.add_writer(self._sock.fileno(), self._writable)
                 return
+
+    def _send_some(self, datagrams: list[Datagram], start: int) -> int:
+        """Send what can go at once, from ``start``; returns how many that were.
+
+        Raises BlockingIOError, InterruptedError: nothing was sent.
+        """
+        count = alike(datagrams, start) if self._segments else 1
+        if count > 1:
+            parts, addr = [data for data, _ in datagrams[start : start + count]], datagrams[start][1]
+            try:
+                self._sock.sendmsg(parts, [(*_SEGMENT, struct.pack("=H", len(parts[0])))], 0, addr)
+                return count
+            except (BlockingIOError, InterruptedError):
+                raise
+            except OSError as error:
+                # One by one, then: some may be short enough. A kernel or a device that cannot is not asked again.
+                self._segments = error.errno not in (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+        for data, addr in datagrams[start : start + count]:
+            try:
+                self._sock.sendto(data, addr)
+            except (BlockingIOError, InterruptedError):
+                if count == 1:
+                    raise
             except OSError:
-                # No route, refused by a firewall, too long for this path: QUIC takes it for loss, and so do we.
-                continue
+                pass  # no route, refused by a firewall, too long for this path: QUIC takes it for loss, and so do we
+        return count
 
     def close(self) -> None:
         """Free the port."""
@@ -145,6 +184,21 @@ class UdpSocket:
                 pass
             self._queue.popleft()
         self._loop.remove_writer(self._sock.fileno())
+
+
+def alike(datagrams: list[Datagram], start: int) -> int:
+    """How many from ``start`` can go in one call: to one address, of one length, the last of them perhaps shorter."""
+    data, addr = datagrams[start]
+    size = total = len(data)
+    end = start + 1
+    for data, to in datagrams[end : start + _MOST_SEGMENTS]:
+        total += len(data)
+        if to != addr or len(data) > size or total > _MOST_SEGMENT_BYTES:
+            break
+        end += 1
+        if len(data) < size:
+            break
+    return end - start
 
 
 class _Protocol(asyncio.DatagramProtocol):

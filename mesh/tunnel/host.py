@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from mesh.errors import MeshError, TransportError
+from mesh.supervise.priority import priority
 from mesh.transport.lane import Stream
 from mesh.transport.tcpstream import TcpStream
 from mesh.tunnel.handover import KEYS_BYTES, Giving, Line, watch
@@ -160,7 +161,8 @@ class HostTunnels:
             self._failed(epoch, worker, error)
             return
         traffic = self._traffic[worker]
-        await self._until_end(epoch, worker, pump(local, stream, traffic, outlives_peer=False))
+        with priority.urgent():
+            await self._until_end(epoch, worker, pump(local, stream, traffic, outlives_peer=False))
 
     async def _until_end(self, epoch: Epoch, worker: NodeId, carried: Coroutine[Any, Any, None]) -> None:
         traffic = self._traffic[worker]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mesh.errors import MeshError, TransportError
+from mesh.supervise.priority import priority
 from mesh.transport.lane import Stream
 from mesh.transport.tcpstream import TcpStream
 from mesh.tunnel.handover import KEY_BYTES, KEYS_BYTES, Line, watch
@@ -134,7 +135,8 @@ class WorkerTunnel(_Carrier):
                 traffic.connections += 1
                 await _hand_over(line, stream, endpoint.secret, connected)
             else:
-                await _through_port(stream, endpoint.port, endpoint.secret, traffic, connected)
+                with priority.urgent():
+                    await _through_port(stream, endpoint.port, endpoint.secret, traffic, connected)
 
         await self._carry(peer, stream, carried)
 

@@ -15,7 +15,8 @@ from mesh.identity.key import NodeKey
 from mesh.transport.connection import PeerConnection
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Stream
-from mesh.transport.quic import MAX_FRAME_DATA, MAX_WAITING, MIN_DATAGRAM
+from mesh.transport.pathmtu import SIZES
+from mesh.transport.quic import MAX_DATAGRAM, MAX_FRAME_DATA, MAX_WAITING, MIN_DATAGRAM
 from tests.eventually import eventually
 
 A, B = NodeKey.from_seed(b"a" * 32), NodeKey.from_seed(b"b" * 32)
@@ -105,6 +106,57 @@ async def test_datagrams_that_find_no_window_are_dropped_and_not_hoarded(sides: 
     sent = sum(ours.send_datagram(bytes(1000)) for _ in range(10 * MAX_WAITING))
     assert sent == MAX_WAITING
     await eventually(lambda: ours.send_datagram(b"room again"))
+
+
+async def through(sides: tuple[Side, Side], widened: bool) -> set[int]:
+    """The lengths of datagrams that 300 KB take to a peer and back."""
+    ours, theirs = await connected(*sides)
+    if widened:
+        ours.widen()
+        theirs.widen()
+    tasks: set[asyncio.Task[None]] = set()
+    answer_streams(theirs, tasks)
+    stream = await ours.open_stream()
+    await stream.write(b"!")
+    await stream.read_exactly(1)
+    await eventually(lambda: not widened or ours.quic._max_datagram_size == SIZES[0])
+    lengths: set[int] = set()
+    send = ours.socket.send
+
+    def noted(datagrams: Any) -> None:
+        lengths.update(len(data) for data, _ in datagrams)
+        send(datagrams)
+
+    ours.socket.send = noted  # type: ignore[method-assign]
+    await stream.write(bytes(300_000))
+    assert await stream.read_exactly(300_000) == bytes(300_000)
+    return lengths
+
+
+async def test_datagrams_to_a_member_grow_to_what_the_path_takes(sides: tuple[Side, Side]) -> None:
+    assert max(await through(sides, widened=True)) == SIZES[0]
+
+
+async def test_strangers_are_sent_no_probes(sides: tuple[Side, Side]) -> None:
+    assert max(await through(sides, widened=False)) == MAX_DATAGRAM
+
+
+async def test_when_large_datagrams_begin_to_vanish_short_ones_are_sent(sides: tuple[Side, Side]) -> None:
+    """The route changed to one that takes less, and nobody says so."""
+    ours, theirs = await connected(*sides)
+    ours.widen()
+    theirs.widen()
+    tasks: set[asyncio.Task[None]] = set()
+    answer_streams(theirs, tasks)
+    stream = await ours.open_stream()
+    await stream.write(b"!")
+    await stream.read_exactly(1)
+    await eventually(lambda: ours.quic._max_datagram_size == SIZES[0])
+    send = ours.socket.send
+    ours.socket.send = lambda datagrams: send([d for d in datagrams if len(d[0]) <= MAX_DATAGRAM])  # type: ignore
+    await stream.write(bytes(100_000))
+    assert await stream.read_exactly(100_000) == bytes(100_000)
+    assert ours.quic._max_datagram_size == MAX_DATAGRAM
 
 
 async def test_a_connection_through_a_member_is_one_from_end_to_end(sides: tuple[Side, Side]) -> None:
