@@ -49,6 +49,10 @@ MIN_DATAGRAM = 1200
 """Bytes of the largest datagram inside another connection's: what QUIC asks of every path."""
 BLACK_HOLE_TIMEOUTS = 3
 """Probe timeouts in a row after which large datagrams are taken to vanish: a route may have changed."""
+ACK_DELAY = 0.1
+"""Of a round trip: a bulk transfer is acknowledged ten times in each. aioquic does it every millisecond, which wakes
+the other side as often, to send a packet or two."""
+ACK_DELAYS_S = (0.001, 0.005)
 CID_LENGTH = 8
 MAX_FRAME_DATA = MAX_DATAGRAM - 16 - (1 + CID_LENGTH + 2) - 3
 """Bytes one DATAGRAM frame takes in a packet of its own: what is left by the tag, the packet's and the frame's header.
@@ -251,6 +255,7 @@ class PinnedQuic(QuicConnection):
     # -- what is changed in aioquic ----------------------------------------------------------------------------------
 
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        self._ack_delay = min(max(self._loss._rtt_smoothed * ACK_DELAY, ACK_DELAYS_S[0]), ACK_DELAYS_S[1])
         datagrams = super().datagrams_to_send(now)
         path = self._network_paths[0]
         if self._handshake_confirmed and self._close_event is None and path.is_validated:

@@ -167,7 +167,7 @@ HELD = {
         "_close_event", "_streams", "_local_max_data", "_local_max_streams_uni", "_is_client", "_loss", "_spaces",
         "_local_next_stream_id_bidi", "_remote_max_streams_bidi", "_remote_max_datagram_frame_size",
         "_datagrams_pending", "_handshake_confirmed", "_network_paths", "_max_datagram_size",
-        "_packet_number", "_peer_cid", "_spin_bit", "_version", "_cryptos",
+        "_packet_number", "_peer_cid", "_spin_bit", "_version", "_cryptos", "_ack_delay",
     },
     tls.Context: {
         "_request_client_certificate", "_peer_certificate", "_signature_algorithms", "_supported_groups",
@@ -201,7 +201,7 @@ def touched() -> set[str]:
     theirs = {name for name in dir(QuicConnection) if name.startswith("_") and not name.startswith("__")}
     for one in (client, client._loss, client._loss._pacer, QuicStreamSender(0, True), tls.Context(is_client=False)):
         theirs |= {name for name in vars(one) if name.startswith("_")}
-    ours = {"_consumed", "_window", "_stream_window", "_stream_consumed", "_no_limit", "_mtu"}  # PinnedQuic's own
+    ours = {"_consumed", "_window", "_stream_window", "_stream_consumed", "_no_limit", "_mtu", "_rests"}
     found: set[str] = set()
     for file in Path(inspect.getfile(PinnedQuic)).parent.glob("*.py"):
         tree = ast.parse(file.read_text())
