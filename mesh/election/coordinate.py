@@ -93,7 +93,15 @@ def concerns(facts: NodeFacts) -> Hashable:
     """What of a node's facts may change the layout, but for free memory, which moves all the time."""
     devices = tuple((d.name, d.kind, d.total_bytes) for d in facts.devices)
     models = tuple(model.fingerprint for model in facts.models)
-    wishes = (facts.wants, facts.ctx_size, facts.parallel, facts.split, facts.budget_bytes, facts.draining)
+    wishes = (
+        facts.wants,
+        facts.ctx_size,
+        facts.parallel,
+        facts.split,
+        facts.budget_bytes,
+        facts.draining,
+        facts.gpu_layers,
+    )
     return (facts.id, facts.role, facts.engine, devices, models, wishes)
 
 

@@ -72,6 +72,7 @@ class OwnFacts:
             tcp=tcp,
             crosses=True,
             relay_only=settings.relay_only,
+            gpu_layers=settings.gpu_layers or None,
             pairs=settings.role != "client",
             split=settings.split,  # type: ignore[arg-type]  # checked with the settings
         )

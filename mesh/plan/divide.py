@@ -42,6 +42,8 @@ def divide(order: Sequence[Seat], costs: Costs, *, spread: bool) -> list[tuple[i
             most = bisect_right(needs, needs[first] + room) - 1
             # Fewer than that, and the members behind could not carry the rest.
             enough = max(first + fewest, bisect_left(needs, behind))
+            if index > 0 and seat.most_layers is not None:
+                most = min(most, first + seat.most_layers)
             for end in range(enough, most + 1):
                 took = (reads[end] - reads[first]) * per_byte + (end - first) * per_layer
                 held = needs[end] - needs[first]

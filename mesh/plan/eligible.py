@@ -27,6 +27,11 @@ class Seat:
     def id(self) -> NodeId:
         return self.node.id
 
+    @property
+    def most_layers(self) -> int | None:
+        """What its owner lets it take as a worker, which has one device; a host has its processor for the others."""
+        return None if self.device.kind == "cpu" else self.node.gpu_layers
+
 
 def candidates(
     members: Sequence[NodeFacts], model: ModelCost, current: Layout | None

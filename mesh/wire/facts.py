@@ -166,6 +166,8 @@ class NodeFacts(Struct, frozen=True):
     """The node runs on a battery now: it carries layers only where others cannot."""
     pairs: bool = False
     """The node lets machines in by a pairing code, and understands what is said of that among members."""
+    gpu_layers: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """As a worker it takes at most so many layers on its GPU; None: as many as fit."""
     computes_on: Annotated[str, Meta(max_length=64)] = ""
     """What holds the node's share, as its engine's log says, where that is not the device the layout names."""
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.plan.costs import Costs, usable_bytes
+from mesh.plan.costs import GPU_HEADROOM, Costs, usable_bytes
 from mesh.plan.divide import divide
 from mesh.plan.eligible import seats_of
 from mesh.plan.pace import MEMBER_MS, compute_ms
@@ -541,6 +541,29 @@ def test_the_shortest_ring_is_the_shortest_of_all_orders() -> None:
         for subset in itertools.combinations(ids[1:], size):
             shortest = min(ring_ms((ids[0], *order), rtts) for order in itertools.permutations(subset))
             assert ring_ms((ids[0], *best[frozenset(subset)]), rtts) == pytest.approx(shortest)
+
+
+def a_gpu(n: int, gpu_layers: int | None, usable: int = 10 * GB) -> NodeFacts:
+    device = Device("CUDA0", "cuda", "a GPU", 0, usable + GPU_HEADROOM, 1e12)
+    return a_node(n, backend="cuda", devices=(device,), gpu_layers=gpu_layers)
+
+
+@given(st.lists(st.none() | st.integers(1, 8), min_size=1, max_size=3), st.booleans())
+def test_a_worker_takes_no_more_layers_on_its_gpu_than_its_owner_lets_it(
+    bounds: list[int | None], spread: bool
+) -> None:
+    seats = [seats_of(node, MODEL)[0] for node in (a_node(9, HOST + 250 * MB), *map(a_gpu, range(3), bounds))]
+    ranges = divide(seats, COSTS, spread=spread)
+    most = 2 + sum(8 if bound is None else bound for bound in bounds)
+    enough = most >= 8 and len(bounds) + spread <= 8
+    assert (ranges is not None) == enough
+    for (first, end), bound in zip(ranges[1:] if ranges else (), bounds, strict=False):
+        assert bound is None or end - first <= bound
+
+
+def test_a_bound_on_layers_is_no_bound_for_a_processor_or_a_host() -> None:
+    assert seats_of(a_node(1, gpu_layers=2), MODEL)[0].most_layers is None
+    assert layout_of(a_gpu(1, 2)).ring[0].layers == (0, 7)
 
 
 def test_divide_refuses_what_does_not_fit() -> None:
