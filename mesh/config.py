@@ -144,13 +144,19 @@ class Settings:
         if self.model and self.demo:
             raise UsageError("--model and --demo each name a model", remedy="give one of them")
         if self.ctx_size < 0 or self.parallel < 0 or self.parallel > 256:
-            raise UsageError("--ctx-size and --parallel must be positive (at most 256 parallel)")
+            raise UsageError(
+                f"ctx_size {self.ctx_size} or parallel {self.parallel} makes no sense",
+                remedy="both are positive, and parallel is at most 256",
+            )
         if self.relay_only and (self.model or self.demo):
             raise UsageError(
                 "--relay-only computes nothing, so it takes no model", remedy="leave out --model and --demo"
             )
         if not 0 <= self.drain_s <= MAX_DRAIN_S:
-            raise UsageError(f"drain_s {self.drain_s:g} must be between 0 and {MAX_DRAIN_S} seconds")
+            raise UsageError(
+                f"drain_s {self.drain_s:g} is no time to wait for requests",
+                remedy=f"write seconds, from 0 to {MAX_DRAIN_S:g}",
+            )
         if self.relay_rate < 0 or (self.relay_only and not self.relay_rate):
             raise UsageError(f"relay_rate {self.relay_rate} is no rate to relay at", remedy='write it like "2MB"')
         if not self.api_is_local and self.api_key_file is None and not self.api_keys:
@@ -208,7 +214,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", remedy="check the path given to --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
+        raise UsageError(f"{path} is not TOML: {error}", remedy='a line reads like:  max_memory = "12GB"') from error
     known = {setting.name for setting in fields(Settings)} - {"role", "api_keys"}
     values: dict[str, Any] = {}
     for written, value in raw.items():

@@ -77,7 +77,7 @@ class NodeKey:
         try:
             secret = load_pem_private_key(pem or b"", password=None)
         except (ValueError, TypeError) as error:
-            raise StateError(f"{path} is not a node key: {error}", remedy=_LOST.format(path=path)) from error
+            raise StateError(f"{path} holds no private key", remedy=_LOST.format(path=path)) from error
         if not isinstance(secret, Ed25519PrivateKey):
             raise StateError(f"{path} holds a key of another kind than Ed25519", remedy=_LOST.format(path=path))
         return cls(secret)

@@ -43,7 +43,7 @@ def test_a_damaged_key_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "node.key"
     path.write_bytes(b"nonsense")
     path.chmod(0o600)
-    with pytest.raises(StateError, match="not a node key"):
+    with pytest.raises(StateError, match="holds no private key"):
         NodeKey.load_or_create(path)
     assert path.read_bytes() == b"nonsense"
 
