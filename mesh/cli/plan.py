@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from mesh.cli.output import print_json, print_table, printable
+from mesh.cli.preflight import check_gpu_layers
 from mesh.cli.remote import call
 from mesh.cli.view import make_view
 from mesh.clock import SystemClock
@@ -71,10 +72,13 @@ def read_what_if(text: str) -> Imagined:
     if "node" not in given or "memory" not in given:
         raise UsageError("--what-if needs a name and a size at least", remedy=f"write {_WHAT_IF}")
     try:
-        speed = parse_size(given["speed"].removesuffix("/s")) if "speed" in given else 0
+        sizes = {name: parse_size(given[name].removesuffix("/s")) for name in ("memory", "speed") if name in given}
+    except UsageError as error:
+        raise UsageError(f"--what-if: {error.message}", remedy=error.remedy) from error
+    try:
         rtt_ms = float(given.get("rtt", "1ms").removesuffix("ms"))
         return msgspec.convert(
-            {"name": given["node"], "memory_bytes": parse_size(given["memory"]), "bytes_per_second": float(speed),
+            {"name": given["node"], "memory_bytes": sizes["memory"], "bytes_per_second": float(sizes.get("speed", 0)),
              "rtt_ms": rtt_ms},
             Imagined,
         )  # fmt: skip
@@ -110,6 +114,7 @@ def _plan_alone(settings: Settings, imagined: list[Imagined]) -> dict[str, Any]:
     view = make_view(plain=False, json_lines=False, stream=sys.stderr)
     try:
         engine = prepare_engine(settings.backend, view)
+        check_gpu_layers(settings, engine.backend)
         model = prepare_model(settings, engine, view)
     finally:
         view.close()

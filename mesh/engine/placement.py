@@ -25,7 +25,7 @@ class Placement:
 
     def __str__(self) -> str:
         held = (f"{device} ({mib:.0f} MiB)" if mib else device for device, mib in self._mib.items())
-        return ", ".join(held) or "nothing that it told of"
+        return ", ".join(held) or "its part on the processor"  # which is not told of: there is no other place
 
     def read(self, line: str) -> bool:
         """Take in a line of its output. Returns whether it told of a device."""
