@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ from bench.lab import lab_available
 from bench.meshnode import MeshNode
 from bench.models import find_model
 from mesh.engine.cache import find_engine
+from tests.ports import free_port
 
 AVAILABLE, WHY = lab_available()
 IN_LAB = [
@@ -44,9 +44,7 @@ def plain_server(model: Path, *, slots: int = 1) -> Iterator[str]:
     """An ordinary llama-server on this machine's own loopback, as anybody would start it; yields its address."""
     engine = find_engine()
     assert engine is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     argv = [
         str(engine.llama_server),
         "-m",

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -21,14 +20,9 @@ import numpy as np
 from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch
 from mesh.supervise.launch import child_environment
+from tests.ports import free_port as free_port
 
 CONTEXT = 512
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_model(
@@ -151,7 +145,9 @@ async def serving(process: Process, port: int, within: float = 60) -> float:
     """Wait until the server has its model; the seconds it took. Fails with its output when it ends instead."""
     started = time.monotonic()
     while time.monotonic() < started + within:
-        assert process.handle.returncode is None, process.text
+        if process.handle.returncode is not None:
+            await asyncio.sleep(0.2)  # its last words may be on their way
+            raise AssertionError(f"ended with {process.handle.returncode}:\n{process.text}")
         try:
             if (await asyncio.to_thread(ask, port, "/health"))["status"] == "ok":
                 return time.monotonic() - started

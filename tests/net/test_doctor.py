@@ -27,6 +27,7 @@ import pytest
 from mesh.engine.cache import entry_dir, executable
 from mesh.supervise.registry import process_mark
 from tests.net.cli_kit import MESH, Place, Result, Up, a_place, wait_until
+from tests.ports import free_port
 
 Findings = dict[str, dict[str, Any]]
 
@@ -72,12 +73,6 @@ class Clinic:
 
 
 PATCHED = "{}\nfrom mesh.cli.main import main; main()"
-
-
-def free_port() -> int:
-    with socket.socket() as tcp:
-        tcp.bind(("", 0))
-        return int(tcp.getsockname()[1])
 
 
 @pytest.fixture
