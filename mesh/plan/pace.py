@@ -7,7 +7,7 @@ Members work one after another, so a token takes the sum of
   and the choice of a word out of so many;
 - hops: half a round trip from each member to the next and from the last to the host;
 - bytes: one activation for each hop at the rate of its link;
-- members: what a remote one costs beyond that, two wake-ups and a copy at each end of a tunnel.
+- members: what a remote one costs beyond that, a wake-up and a copy at each end.
 
 Speeds are measured (:mod:`mesh.engine.speed`), and until then guessed by the kind of device.
 """
@@ -23,8 +23,9 @@ from mesh.wire.facts import Device, ModelCost, NodeId, alone, weight_family
 
 UNKNOWN_RTT_MS = 50.0
 """Pessimistic: a link that nobody has measured should not win against one that somebody has."""
-MEMBER_MS = 0.5
-"""What a remote member costs beyond its hops, measured with a model that hardly computes (`demo` on two, docs)."""
+MEMBER_MS = 0.1
+"""What a remote member costs beyond its hops, measured with a model that hardly computes (`demo` on two, docs), over
+connections that the engines carry on by themselves. Through a tunnel it is more; beside the hops of those, nothing."""
 WORD_NS = 3.0
 """For each word of the vocabulary, to choose one of them: the engine's samplers on one core of 2020."""
 HOST_MS = 0.1
