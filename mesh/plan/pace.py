@@ -23,7 +23,7 @@ from mesh.wire.facts import Device, ModelCost, NodeId, alone, weight_family
 
 UNKNOWN_RTT_MS = 50.0
 """Pessimistic: a link that nobody has measured should not win against one that somebody has."""
-MEMBER_MS = 0.1
+MEMBER_MS = 0.25
 """What a remote member costs beyond its hops, measured with a model that hardly computes (`demo` on two, docs), over
 connections that the engines carry on by themselves. Through a tunnel it is more; beside the hops of those, nothing."""
 WORD_NS = 3.0
