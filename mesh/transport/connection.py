@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from aioquic.quic import events
 
@@ -201,7 +201,7 @@ class PeerConnection:
     def process(self) -> None:
         """Act on what was received or timed out, and send what there is to send."""
         quic = self.quic
-        for event in _joined(quic):
+        for event in quic.happened():
             self._handle(event)
         if not self.closed:
             reason = quic.close_reason
@@ -391,26 +391,3 @@ class PeerConnection:
         """The endpoint closes its sockets: leave without waiting for the draining period."""
         self._finish("this node is shutting down")
         self._depart()
-
-
-def _joined(quic: PinnedQuic) -> Iterator[events.QuicEvent]:
-    """What happened; the bytes of one stream that came in a row are one: whoever takes them writes each piece on."""
-    event = quic.next_event()
-    while event is not None:
-        following = quic.next_event()
-        if not isinstance(event, events.StreamDataReceived):
-            yield event
-            event = following
-            continue
-        pieces = [event.data]
-        while (
-            isinstance(following, events.StreamDataReceived)
-            and following.stream_id == event.stream_id
-            and not event.end_stream
-        ):
-            pieces.append(following.data)
-            event, following = following, quic.next_event()
-        if len(pieces) > 1:
-            event = events.StreamDataReceived(b"".join(pieces), event.end_stream, event.stream_id)
-        yield event
-        event = following

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Iterator
 from typing import Any
 
 from aioquic import tls
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import Limit, QuicConnection, QuicNetworkPath, QuicReceiveContext
+from aioquic.quic.events import QuicEvent, StreamDataReceived
 from aioquic.quic.packet import QuicFrameType, QuicPacketType, QuicProtocolVersion
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
@@ -147,6 +149,25 @@ class PinnedQuic(QuicConnection):
         except (UnsupportedAlgorithm, ValueError):
             return None
         return public.public_bytes(Encoding.Raw, PublicFormat.Raw) if isinstance(public, Ed25519PublicKey) else None
+
+    def happened(self) -> Iterator[QuicEvent]:
+        """What happened; bytes of one stream that came in a row are one: whoever takes them writes each piece on."""
+        event = self.next_event()
+        while event is not None:
+            following = self.next_event()
+            if isinstance(event, StreamDataReceived):
+                pieces = [event.data]
+                while (
+                    isinstance(following, StreamDataReceived)
+                    and following.stream_id == event.stream_id
+                    and not event.end_stream
+                ):
+                    pieces.append(following.data)
+                    event, following = following, self.next_event()
+                if len(pieces) > 1:
+                    event = StreamDataReceived(b"".join(pieces), event.end_stream, event.stream_id)
+            yield event
+            event = following
 
     # -- paths -------------------------------------------------------------------------------------------------------
 
