@@ -206,6 +206,9 @@ class HostTunnels:
         if isinstance(stream, TcpStream) and len(keys) == KEYS_BYTES:
             await self._until_end(epoch, worker, _hand_over(line, stream, keys))
         else:
+            unused = self._opened.pop(worker, None)
+            if unused is not None:
+                unused.abort()
             self._opened[worker] = stream
             line.refuse()
 
