@@ -342,6 +342,8 @@ class BulkLanes:
         return 1000 * (self._clock.now() - began)
 
     def _learn(self, link: Link, way: _Way, event: Event) -> None:
+        if self._ways.get(link.peer) is not way:
+            return  # a dial that ended late, to where the peer was before it moved
         way.choice.handle(event, self._clock.now())
         path: Path = "tcp" if way.choice.path == "tcp" else link.connection.path
         if isinstance(event, Measured):

@@ -97,6 +97,18 @@ async def test_a_member_that_does_not_listen_over_tcp_is_not_tried(party: Party)
     await eventually(lambda: path(anna, ben) == "tcp")
 
 
+async def test_a_dial_to_where_a_member_was_says_nothing_of_where_it_is(party: Party) -> None:
+    """It ended a second after the move, and TCP to the new address was shown as QUIC for five minutes."""
+    anna, ben = await two(party)
+    link, lanes = ben.links.link(anna.key.id), ben.links._bulk
+    assert link
+    before = lanes._ways[anna.key.id]
+    lanes.moved(link)
+    await eventually(lambda: lanes._ways[anna.key.id].settled.is_set())
+    lanes._learn(link, before, TcpFailed())
+    assert path(ben, anna) == "tcp"
+
+
 async def test_a_port_that_is_blocked_later_means_quic_at_once(party: Party) -> None:
     anna, ben = await two(party)
     before, _ = await opened(ben, anna)
