@@ -251,7 +251,7 @@ def run_joins(models: dict[str, Path], directory: Path, runs: int, tokens: int) 
             lab.set_link("far", other, "wan40")
         status = nodes["m1"].wait_serving(120, members=2)
         host = _host(nodes, status)
-        time.sleep(4)
+        time.sleep(4)  # as above
         token = nodes["m0"].invite(uses=4)
         for name in ("slow", "far"):
             before = _measured(host, runs, tokens)
@@ -268,7 +268,7 @@ def run_joins(models: dict[str, Path], directory: Path, runs: int, tokens: int) 
                 assert node.process is not None
                 group.take(node.process.pid)
             node.wait(lambda status: status["mesh"]["state"] == "serving", 120, "serving with one more")
-            time.sleep(8)
+            time.sleep(8)  # and whether it is of use was decided with these links
             status = node.wait_serving(60)
             host = _host(nodes, status)
             after = _measured(host, runs, tokens)

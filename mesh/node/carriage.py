@@ -10,17 +10,11 @@ from mesh.node.underway import UnderWay
 from mesh.supervise.runner import RpcEndpoint
 from mesh.transport.lane import Stream
 from mesh.tunnel.handover import Doors
-from mesh.tunnel.host import HostTunnels
+from mesh.tunnel.host import HostTunnels, OpenBulk
 from mesh.tunnel.member import HttpTunnel, WorkerTunnel
 from mesh.tunnel.push import PushTunnels
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeId
-from mesh.wire.messages import Open, Opened, OpenHttp, OpenPush, OpenRpc
-
-
-class OpenBulk(Protocol):
-    """A stream to a member, for what the message says; ``heard`` is told its answer."""
-
-    async def __call__(self, member: NodeId, request: Open, /, *, heard: Callable[[Opened], None] = ...) -> Stream: ...
+from mesh.wire.messages import Open, OpenHttp, OpenPush, OpenRpc
 
 
 class Engine(Protocol):

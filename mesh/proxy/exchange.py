@@ -218,10 +218,9 @@ class Exchange:
                     began = True
                     wrappable = may_be_wrapped(self.ask.body)
                     self._hub.tell(Began(self.id, order.attempt, resumable=transcript.resumable and wrappable))
+                    answer.pass_to(partial(self._straight, order))
                 await self._reply.begin_events(answer.status, answer.headers)
                 await self._deliver(order, portion)
-                if began:
-                    answer.pass_to(partial(self._straight, order))
         if not self.ask.dialect.is_end(transcript.last):
             raise UpstreamLost(Loss.BROKEN, "the engine ended the stream before the answer was whole")
         return partial(self._reply.end, transcript.finish())

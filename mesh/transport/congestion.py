@@ -29,6 +29,7 @@ _BURST_S = 0.004
 _PACING_GAIN = 1.25
 _QUANTUM_PACKETS = 16
 _QUANTUM_S = 0.003
+"""What a sender that had to stop gathers before it goes on: 23 KB, less than a TCP stack sends in a row."""
 
 
 class BurstyCubic(QuicCongestionControl):

@@ -151,8 +151,7 @@ class PeerConnection:
     def widen(self) -> None:
         """The peer was admitted: let it send as much at once as a member may."""
         self.quic.widen()
-        if self.path == "quic":
-            self.quic.find_mtu()
+        self._measure_path()
         self._schedule()
 
     # -- called by streams -------------------------------------------------------------------------------------------
@@ -236,12 +235,15 @@ class PeerConnection:
     # -- within ------------------------------------------------------------------------------------------------------
 
     def _path_changed(self) -> None:
+        self._measure_path()
+        if self.established and not self.closed:
+            self._loop.call_soon(self.on_path)
+
+    def _measure_path(self) -> None:
         if self.path == "quic":
             self.quic.find_mtu()
         else:
             self.quic.fit(MIN_DATAGRAM)
-        if self.established and not self.closed:
-            self._loop.call_soon(self.on_path)
 
     def _schedule(self) -> None:
         if self._transmit_soon is None and not self._gone:

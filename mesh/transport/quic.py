@@ -45,8 +45,9 @@ logging.getLogger("quic").setLevel(logging.ERROR)
 
 ALPN = "mesh/1"
 IDLE_TIMEOUT_S = 30.0
-MAX_DATAGRAM = 1232
-"""Bytes. Fits IPv6 in the 1280-byte MTU that tunnels and VPNs leave at worst."""
+BASE_DATAGRAM = 1232
+"""Bytes that any path between us takes: IPv6 in the 1280-byte MTU that tunnels and VPNs leave at worst. Where a path
+takes more, that is found out (:mod:`mesh.transport.pathmtu`)."""
 MIN_DATAGRAM = 1200
 """Bytes of the largest datagram inside another connection's: what QUIC asks of every path."""
 BLACK_HOLE_TIMEOUTS = 3
@@ -56,7 +57,7 @@ ACK_DELAY = 0.1
 the other side as often, to send a packet or two."""
 ACK_DELAYS_S = (0.001, 0.005)
 CID_LENGTH = 8
-MAX_FRAME_DATA = MAX_DATAGRAM - 16 - (1 + CID_LENGTH + 2) - 3
+MAX_FRAME_DATA = BASE_DATAGRAM - 16 - (1 + CID_LENGTH + 2) - 3
 """Bytes one DATAGRAM frame takes in a packet of its own: what is left by the tag, the packet's and the frame's header.
 It is two more than :data:`MIN_DATAGRAM`, so a whole datagram and a channel number cross a relay in one piece."""
 MAX_WAITING = 256
@@ -77,8 +78,8 @@ def configure(certificate: x509.Certificate, key: Ed25519PrivateKey, *, is_clien
         idle_timeout=IDLE_TIMEOUT_S,
         max_data=STRANGER_WINDOW,
         max_stream_data=STRANGER_WINDOW,
-        max_datagram_size=MAX_DATAGRAM,
-        max_datagram_frame_size=MAX_DATAGRAM,
+        max_datagram_size=BASE_DATAGRAM,
+        max_datagram_frame_size=BASE_DATAGRAM,
         connection_id_length=CID_LENGTH,
         congestion_control_algorithm=CONGESTION,
         verify_mode=ssl.CERT_NONE,
@@ -114,8 +115,8 @@ class PinnedQuic(QuicConnection):
         self._stream_consumed: dict[int, int] = {}
         self._no_limit = Limit(QuicFrameType.MAX_DATA, "none", 1)
         self._local_max_streams_uni = Limit(QuicFrameType.MAX_STREAMS_UNI, "max_streams_uni", 0)
-        self._mtu = PathMtu(MAX_DATAGRAM)
-        self._loss._pacer = Pacer(max_datagram_size=MAX_DATAGRAM)
+        self._mtu = PathMtu(BASE_DATAGRAM)
+        self._loss._pacer = Pacer(max_datagram_size=BASE_DATAGRAM)
 
     # -- what the lane asks ------------------------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ class PinnedQuic(QuicConnection):
     def fit(self, largest: int) -> None:
         """Datagrams to the peer shall be at most so long from now on."""
         self._mtu.settle(largest)
-        self._max_datagram_size = largest
+        self._max_datagram_size = self._mtu.largest
 
     def find_mtu(self) -> None:
         """The path is another one, or new: see how long datagrams may be."""
@@ -287,8 +288,8 @@ class PinnedQuic(QuicConnection):
 
     def handle_timer(self, now: float) -> None:
         super().handle_timer(now)
-        if self._loss._pto_count >= BLACK_HOLE_TIMEOUTS and self._max_datagram_size > MAX_DATAGRAM:
-            self.fit(MAX_DATAGRAM)
+        if self._loss._pto_count >= BLACK_HOLE_TIMEOUTS and self._max_datagram_size > BASE_DATAGRAM:
+            self.fit(BASE_DATAGRAM)
 
     def _probe(self, size: int, path: QuicNetworkPath, now: float) -> list[tuple[bytes, Any]]:
         builder = QuicPacketBuilder(

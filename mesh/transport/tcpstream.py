@@ -146,7 +146,7 @@ class TcpStream(asyncio.BufferedProtocol):
     def hand_over(self) -> socket.socket:
         """The socket, for somebody else to read, and to write once :meth:`sent` has returned. Close it when done.
 
-        This stream reads no more. It is :attr:`lost` when somebody cuts it, and :meth:`abort` ends the connection
+        This stream reads no more. :meth:`lost` returns when somebody cuts it, and :meth:`abort` ends the connection
         whoever else holds the socket.
 
         Raises:

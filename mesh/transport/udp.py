@@ -37,8 +37,8 @@ _BATCH = 64
 _RUSH = 6
 _RUSH_S = 0.002
 _PAUSE_S = 0.002
-"""When so many datagrams came in so short a time, more are coming: they are fetched once a millisecond, together. To be
-woken for each of them costs as much again as to take them in, of the processor that an engine computes with."""
+"""When so many datagrams came in so short a time, more are coming: they are fetched together, every two milliseconds.
+To be woken for each of them costs as much again as to take them in, of the processor that an engine computes with."""
 _MAX_QUEUED = 4096
 
 

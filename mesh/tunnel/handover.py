@@ -18,7 +18,7 @@ import ssl
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from mesh.errors import TransportError
@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 KEY_BYTES = 32
 KEYS_BYTES = 2 * KEY_BYTES
 """For the bytes of who opened the stream, and for those of who answered."""
-_YES, _NO = b"Y", b"N"
+YES = b"Y"
+"""Before the keys, to who asked."""
+_NO = b"N"
 _MAX_PATH = 100
 """A Unix socket's path has 104 to 108 bytes, its end included."""
 
@@ -155,10 +157,6 @@ class Line:
         with contextlib.suppress(OSError):
             self._sock.send(_NO)
 
-    def agree(self, keys: bytes, sock: socket.socket) -> None:
-        """As :meth:`give`, to who asked."""
-        self.give(_YES + keys, sock)
-
     async def closed(self) -> None:
         """Return once the engine uses the connection no more."""
         with contextlib.suppress(OSError):
@@ -169,12 +167,40 @@ class Line:
         self._sock.close()
 
 
-async def watch(line: Line, stream: TcpStream, sock: socket.socket) -> None:
-    """Until our engine has done with ``sock``, the socket of ``stream``, or that is lost; then all three are closed.
+async def hand_over(
+    line: Line,
+    stream: TcpStream,
+    said: bytes,
+    *,
+    before: Callable[[], Awaitable[None]] | None = None,
+    given: Callable[[], None] = lambda: None,
+) -> None:
+    """Give ``stream`` to our engine, and wait until it has done with it; then everything is closed.
+
+    Args:
+        said: what the engine hears with it.
+        before: says the last of our own words on the stream, of which nothing is read any more.
+        given: told once the engine has it.
 
     Raises:
-        TransportError: the other side ended it.
+        TransportError: the stream is lost, or the other side ended it.
     """
+    with contextlib.ExitStack() as ends:
+        ends.callback(line.close)
+        ends.callback(stream.abort)
+        sock = stream.hand_over()
+        ends.callback(sock.close)
+        if before is not None:
+            await before()
+        try:
+            line.give(said, sock)
+        except OSError:
+            return  # our engine has gone meanwhile, and whoever watches it knows
+        given()
+        await _done_with(line, stream, sock)
+
+
+async def _done_with(line: Line, stream: TcpStream, sock: socket.socket) -> None:
     waits = [asyncio.ensure_future(line.closed()), asyncio.ensure_future(stream.lost())]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -186,9 +212,6 @@ async def watch(line: Line, stream: TcpStream, sock: socket.socket) -> None:
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
-        line.close()
-        stream.abort()
-        sock.close()
 
 
 def _has_ended(sock: socket.socket) -> bool:

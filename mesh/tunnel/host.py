@@ -15,10 +15,10 @@ from mesh.errors import MeshError, TransportError
 from mesh.supervise.priority import priority
 from mesh.transport.lane import Stream
 from mesh.transport.tcpstream import TcpStream
-from mesh.tunnel.handover import KEYS_BYTES, Giving, Line, watch
+from mesh.tunnel.handover import KEYS_BYTES, YES, Giving, Line, hand_over
 from mesh.tunnel.pump import LocalEnd, Traffic, pump
 from mesh.wire.facts import NO_EPOCH, Epoch, NodeId
-from mesh.wire.messages import Opened, OpenPush, OpenRpc
+from mesh.wire.messages import Open, Opened, OpenPush, OpenRpc
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,7 @@ class OpenBulk(Protocol):
 
     Raises a ``MeshError`` when the member cannot be reached or refuses."""
 
-    async def __call__(
-        self, member: NodeId, request: OpenRpc | OpenPush, /, *, heard: Callable[[Opened], None] = ...
-    ) -> Stream: ...
+    async def __call__(self, member: NodeId, request: Open, /, *, heard: Callable[[Opened], None] = ...) -> Stream: ...
 
 
 class HostTunnels:
@@ -204,7 +202,7 @@ class HostTunnels:
             return
         keys = heard[-1].seal if heard else b""
         if isinstance(stream, TcpStream) and len(keys) == KEYS_BYTES:
-            await self._until_end(epoch, worker, _hand_over(line, stream, keys))
+            await self._until_end(epoch, worker, hand_over(line, stream, YES + keys))
         else:
             unused = self._opened.pop(worker, None)
             if unused is not None:
@@ -241,23 +239,3 @@ class HostTunnels:
         finally:
             self._strangers -= 1
         return hmac.compare_digest(said, self._secret)
-
-
-async def _hand_over(line: Line, stream: TcpStream, keys: bytes) -> None:
-    """Give ``stream`` to our engine, and wait for its end.
-
-    Raises:
-        TransportError: it is lost.
-    """
-    try:
-        sock = stream.hand_over()
-    except TransportError:
-        stream.abort()
-        raise
-    try:
-        line.agree(keys, sock)
-    except OSError:  # our engine has gone meanwhile
-        stream.abort()
-        sock.close()
-        return
-    await watch(line, stream, sock)

@@ -14,7 +14,7 @@ from mesh.errors import MeshError, TransportError
 from mesh.supervise.priority import priority
 from mesh.transport.lane import Stream
 from mesh.transport.tcpstream import TcpStream
-from mesh.tunnel.handover import KEY_BYTES, KEYS_BYTES, Line, watch
+from mesh.tunnel.handover import KEY_BYTES, KEYS_BYTES, Line, hand_over
 from mesh.tunnel.pump import Traffic, connect_local, pump
 from mesh.wire.codec import encode
 from mesh.wire.facts import Epoch, NodeId
@@ -133,7 +133,7 @@ class WorkerTunnel(_Carrier):
             line = self._line() if request.sealed and isinstance(stream, TcpStream) else None
             if line is not None and isinstance(stream, TcpStream):
                 traffic.connections += 1
-                await _hand_over(line, stream, endpoint.secret, connected)
+                await _give(line, stream, endpoint.secret, connected)
             else:
                 with priority.urgent():
                     await _through_port(stream, endpoint.port, endpoint.secret, traffic, connected)
@@ -189,27 +189,17 @@ async def _through_port(
             stream.abort()
 
 
-async def _hand_over(line: Line, stream: TcpStream, secret: bytes, on_connected: Callable[[], None]) -> None:
-    """Give ``stream`` to our engine, and wait for its end."""
+async def _give(line: Line, stream: TcpStream, secret: bytes, on_connected: Callable[[], None]) -> None:
+    """Let our engine have ``stream``, and the peer's the keys to it, until either ends it."""
     keys = secrets.token_bytes(KEYS_BYTES)
-    try:
-        # Before the peer may use it: what its engine sends first is for ours, and must not be read here.
-        sock = stream.hand_over()
-    except TransportError:
-        line.close()
-        stream.abort()
-        raise
-    try:
+
+    async def answer() -> None:
+        # Not before our own reading has ended: what the peer's engine sends first is for ours.
         await stream.write(encode(Opened(seal=keys)))
         await stream.sent()
-        line.give(secret + keys[KEY_BYTES:] + keys[:KEY_BYTES], sock)
-        on_connected()
-    except BaseException:
-        line.close()
-        stream.abort()
-        sock.close()
-        raise
-    await watch(line, stream, sock)
+
+    said = secret + keys[KEY_BYTES:] + keys[:KEY_BYTES]
+    await hand_over(line, stream, said, before=answer, given=on_connected)
 
 
 async def _refuse(stream: Stream, code: str, message: str) -> None:

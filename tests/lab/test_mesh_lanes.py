@@ -32,7 +32,7 @@ def test_where_tcp_is_swallowed_the_mesh_serves_over_quic_until_it_is_let_throug
                 assert ask(node) == expected
             lab.unblock(*MACHINES, "tcp")
             for node in nodes:
-                node.wait(lambda status: paths(status) == ["tcp"], 100, "TCP to be tried again")
+                node.wait(lambda status: paths(status) == ["tcp"], 60, "TCP to be tried again")
                 assert ask(node) == expected
         finally:
             for node in nodes:
@@ -61,7 +61,7 @@ def test_a_ring_over_tcp_does_not_hang_when_one_of_its_machines_gets_another_add
                 for node in nodes:
                     assert ask(node, timeout=60) == expected
                     node.wait_serving(60, members=2)
-                    node.wait(lambda status: paths(status) == ["tcp"], 100, "TCP to be tried again")
+                    node.wait(lambda status: paths(status) == ["tcp"], 60, "TCP to be tried again")
         finally:
             for node in nodes:
                 if node.running:

@@ -20,7 +20,7 @@ import numpy as np
 from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch
 from mesh.supervise.launch import child_environment
-from tests.ports import free_port as free_port
+from tests.ports import free_port
 
 CONTEXT = 512
 
@@ -94,6 +94,8 @@ class Process:
 
     handle: asyncio.subprocess.Process
     lines: list[str] = field(default_factory=list)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    """All it said is here: it has ended."""
 
     @property
     def text(self) -> str:
@@ -119,6 +121,7 @@ async def running(launch: Launch) -> AsyncIterator[Process]:
         assert handle.stdout is not None
         async for line in handle.stdout:
             process.lines.append(line.decode(errors="replace").rstrip())
+        process.heard.set()
 
     listening = asyncio.create_task(listen())
     try:
@@ -146,7 +149,7 @@ async def serving(process: Process, port: int, within: float = 60) -> float:
     started = time.monotonic()
     while time.monotonic() < started + within:
         if process.handle.returncode is not None:
-            await asyncio.sleep(0.2)  # its last words may be on their way
+            await asyncio.wait_for(process.heard.wait(), 5)
             raise AssertionError(f"ended with {process.handle.returncode}:\n{process.text}")
         try:
             if (await asyncio.to_thread(ask, port, "/health"))["status"] == "ok":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from mesh.clock import SystemClock
 from mesh.identity.key import NodeKey
@@ -35,22 +36,45 @@ async def over_tcp() -> AsyncIterator[tuple[Stream, Stream]]:
     await listener.close()
 
 
+@dataclass
+class QuicPair:
+    """A dialer and a listener with one connection between them, as wide as members'."""
+
+    dialer: Endpoint
+    listener: Endpoint
+    there: PeerConnection
+    here: PeerConnection
+    streams: list[Stream] = field(default_factory=list)
+
+    async def stream(self) -> tuple[Stream, Stream]:
+        """Both ends of a new one."""
+        ours = await self.there.open_stream()
+        await ours.write(b"!")
+        await eventually(lambda: self.streams, every=0)
+        theirs = self.streams.pop()
+        assert await theirs.read_exactly(1) == b"!"
+        return ours, theirs
+
+
 @asynccontextmanager
-async def over_quic() -> AsyncIterator[tuple[Stream, Stream]]:
-    arrived, streams = list[PeerConnection](), list[Stream]()
+async def quic_pair() -> AsyncIterator[QuicPair]:
+    arrived: list[PeerConnection] = []
     dialer = Endpoint(NodeKey.generate(), SystemClock(), on_connection=lambda connection: None)
     listener = Endpoint(NodeKey.generate(), SystemClock(), on_connection=arrived.append)
     await dialer.start([("127.0.0.1", 0)])
     [address] = await listener.start([("127.0.0.1", 0)])
     there = await dialer.dial(address, expect=listener.key.id)
     await eventually(lambda: arrived)
-    arrived[0].on_stream = streams.append
+    pair = QuicPair(dialer, listener, there, arrived[0])
+    pair.here.on_stream = pair.streams.append
     there.widen()
-    arrived[0].widen()
-    ours = await there.open_stream()
-    await ours.write(b"!")
-    await eventually(lambda: streams)
-    await streams[0].read_exactly(1)
-    yield ours, streams[0]
+    pair.here.widen()
+    yield pair
     await dialer.close()
     await listener.close()
+
+
+@asynccontextmanager
+async def over_quic() -> AsyncIterator[tuple[Stream, Stream]]:
+    async with quic_pair() as pair:
+        yield await pair.stream()

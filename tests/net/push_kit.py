@@ -13,9 +13,10 @@ from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
 from tests.eventually import eventually
 from tests.fakes.delay import DelayedLink, delayed
-from tests.net.engine_kit import Process, ask, free_port, running
+from tests.net.engine_kit import Process, ask, running
 from tests.net.rpc_client import GET_TENSOR, HELLO, HELLO_ANSWER, SET_TENSOR, Client
 from tests.net.test_engine_door import IDENTITY, SECRET
+from tests.ports import free_port
 from tests.unit.test_engine_commands import IDS, layout
 
 PUSH_HELLO, PUSH_OPEN, PUSH_CONNECT, PUSH_SEND, PUSH_EXPECT = 19, 20, 21, 22, 23

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.engine.commands import llama_server_command, rpc_server_command
 from tests.eventually import eventually
-from tests.net.engine_kit import Process, ask, free_port, greedy, running, serving, write_model
+from tests.net.engine_kit import Process, ask, greedy, running, serving, write_model
 from tests.net.rpc_client import DEVICE_COUNT, HELLO, HELLO_ANSWER, Client
+from tests.ports import free_port
 from tests.unit.test_engine_commands import layout
 
 pytestmark = pytest.mark.engine
@@ -27,14 +28,6 @@ SECRET = os.urandom(32)
 LOAD_LOCAL = 18
 ITEM = struct.Struct("<64sII4QQQQQ")
 """name, type, shard, shape, size, sample, buffer, data"""
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,12 @@ import pytest
 from mesh.engine.cache import find_engine
 from mesh.engine.commands import Launch
 from tests.eventually import eventually
-from tests.net.engine_kit import Process, free_port, running
+from tests.net.engine_kit import Process, running
 from tests.net.rpc_client import ALLOC_BUFFER, DEVICE_COUNT, GRAPH_COMPUTE, SET_TENSOR, Client
 from tests.net.rpc_frames import F16, F32, I32, OP, Q8_0, Graph, Tensor
 from tests.net.rpc_fuzz import ARENA, COPY_TENSOR, Fuzz, Session, deep_graph
 from tests.net.rpc_graphs import GRAPHS
+from tests.ports import free_port
 from workshop.checked import find_checked
 
 pytestmark = pytest.mark.engine

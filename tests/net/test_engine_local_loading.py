@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.engine.commands import llama_server_command, rpc_server_command
 from tests.eventually import eventually
 from tests.net.engine_kit import (
@@ -37,14 +37,6 @@ LAYERS = 6
 IDENTITY = "f" * 64
 """What ``layout`` in the unit tests names as the model's fingerprint."""
 SECRET = b"thirty-two bytes of some secret."
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,11 @@ from mesh.wire.facts import Layout
 from tests.eventually import eventually
 from tests.fakes.architectures import KINDS, LAYERS, VOCAB, WIDTH, write_architecture
 from tests.net.cli_kit import a_place
-from tests.net.engine_kit import Process, Relay, ask, free_port, relayed, running, serving
+from tests.net.engine_kit import Process, Relay, ask, relayed, running, serving
 from tests.net.push_kit import Memory, rpc_server, tensor
 from tests.net.rpc_client import DEVICE_COUNT, SET_TENSOR
 from tests.net.test_engine_door import IDENTITY, SECRET, closed
+from tests.ports import free_port
 from tests.unit.test_engine_commands import IDS, layout
 
 pytestmark = pytest.mark.engine

@@ -15,7 +15,7 @@ import pytest
 
 from mesh.engine.cache import Engine
 from tests.eventually import eventually
-from tests.net.engine_kit import free_port, write_model
+from tests.net.engine_kit import write_model
 from tests.net.push_kit import (
     MIB,
     PUSH_CONNECT,
@@ -29,6 +29,7 @@ from tests.net.push_kit import (
 )
 from tests.net.rpc_client import DEVICE_COUNT, Client
 from tests.net.test_engine_door import SECRET, closed
+from tests.ports import free_port
 
 pytestmark = pytest.mark.engine
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.engine.commands import rpc_server_command
 from mesh.tunnel.handover import KEY_BYTES, Doors, make_doors
 from tests.eventually import eventually
-from tests.net.engine_kit import Process, free_port, running, write_model
+from tests.net.engine_kit import Process, running, write_model
 from tests.net.rpc_client import DEVICE_COUNT, HELLO, HELLO_ANSWER
 from tests.net.sealed_kit import MOST, Sealed, give, record, tcp_pair
+from tests.ports import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -44,14 +45,6 @@ class Worker:
         client = self.connect()
         assert len(await client.ask(HELLO, bytes(24))) == HELLO_ANSWER
         return client
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.engine.commands import llama_server_command, rpc_server_command
 from mesh.models.demo import PRESETS, write_demo
 from tests.eventually import eventually
-from tests.net.engine_kit import Process, Relay, ask, free_port, relayed, running, serving, write_model
+from tests.net.engine_kit import Process, Relay, ask, relayed, running, serving, write_model
 from tests.net.rpc_client import (
     ALLOC_BUFFER,
     DEVICE_COUNT,
@@ -32,6 +32,7 @@ from tests.net.rpc_client import (
     Client,
     sequence,
 )
+from tests.ports import free_port
 from tests.unit.test_engine_commands import layout
 
 pytestmark = pytest.mark.engine
@@ -40,14 +41,6 @@ IDENTITY = "f" * 64
 SECRET = b"thirty-two bytes of some secret."
 CONTEXT = PRESETS["tiny"].n_ctx
 WORDS = ("river", "stone", "winter", "letter", "engine", "garden", "number", "window", "silver", "morning", "paper")
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    built = find_engine()
-    if built is None:
-        pytest.skip("the engine is not built: mesh engine build")
-    return built
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from mesh.clock import SystemClock
-from mesh.engine.cache import Engine, find_engine
+from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
 from mesh.errors import EngineError
 from mesh.models.demo import write_demo
@@ -33,14 +33,6 @@ pytestmark = pytest.mark.engine
 
 A, B, C = (node_id(letter) for letter in "abc")
 ONE, TWO = Epoch(1, A), Epoch(2, A)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    engine = find_engine()
-    if engine is None:
-        pytest.skip("the engine is not built: bin/mesh engine build")
-    return engine
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from mesh.transport.connection import PeerConnection
 from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Stream
 from mesh.transport.pathmtu import SIZES
-from mesh.transport.quic import MAX_DATAGRAM, MAX_FRAME_DATA, MAX_WAITING, MIN_DATAGRAM
+from mesh.transport.quic import BASE_DATAGRAM, MAX_FRAME_DATA, MAX_WAITING, MIN_DATAGRAM
 from tests.eventually import eventually
 
 A, B = NodeKey.from_seed(b"a" * 32), NodeKey.from_seed(b"b" * 32)
@@ -108,8 +108,8 @@ async def test_datagrams_that_find_no_window_are_dropped_and_not_hoarded(sides: 
     await eventually(lambda: ours.send_datagram(b"room again"))
 
 
-async def through(sides: tuple[Side, Side], widened: bool) -> set[int]:
-    """The lengths of datagrams that 300 KB take to a peer and back."""
+async def echoed(sides: tuple[Side, Side], *, widened: bool) -> tuple[PeerConnection, Stream, set[asyncio.Task[None]]]:
+    """A connection, a stream of it whose bytes come back, and who sends them; the path's largest datagram is known."""
     ours, theirs = await connected(*sides)
     if widened:
         ours.widen()
@@ -120,6 +120,12 @@ async def through(sides: tuple[Side, Side], widened: bool) -> set[int]:
     await stream.write(b"!")
     await stream.read_exactly(1)
     await eventually(lambda: not widened or ours.quic._max_datagram_size == SIZES[0])
+    return ours, stream, tasks
+
+
+async def through(sides: tuple[Side, Side], widened: bool) -> set[int]:
+    """The lengths of datagrams that 300 KB take to a peer and back."""
+    ours, stream, _tasks = await echoed(sides, widened=widened)
     lengths: set[int] = set()
     send = ours.socket.send
 
@@ -138,25 +144,17 @@ async def test_datagrams_to_a_member_grow_to_what_the_path_takes(sides: tuple[Si
 
 
 async def test_strangers_are_sent_no_probes(sides: tuple[Side, Side]) -> None:
-    assert max(await through(sides, widened=False)) == MAX_DATAGRAM
+    assert max(await through(sides, widened=False)) == BASE_DATAGRAM
 
 
 async def test_when_large_datagrams_begin_to_vanish_short_ones_are_sent(sides: tuple[Side, Side]) -> None:
     """The route changed to one that takes less, and nobody says so."""
-    ours, theirs = await connected(*sides)
-    ours.widen()
-    theirs.widen()
-    tasks: set[asyncio.Task[None]] = set()
-    answer_streams(theirs, tasks)
-    stream = await ours.open_stream()
-    await stream.write(b"!")
-    await stream.read_exactly(1)
-    await eventually(lambda: ours.quic._max_datagram_size == SIZES[0])
+    ours, stream, _tasks = await echoed(sides, widened=True)
     send = ours.socket.send
-    ours.socket.send = lambda datagrams: send([d for d in datagrams if len(d[0]) <= MAX_DATAGRAM])  # type: ignore
+    ours.socket.send = lambda datagrams: send([d for d in datagrams if len(d[0]) <= BASE_DATAGRAM])  # type: ignore
     await stream.write(bytes(100_000))
     assert await stream.read_exactly(100_000) == bytes(100_000)
-    assert ours.quic._max_datagram_size == MAX_DATAGRAM
+    assert ours.quic._max_datagram_size == BASE_DATAGRAM
 
 
 async def test_a_connection_through_a_member_is_one_from_end_to_end(sides: tuple[Side, Side]) -> None:

@@ -6,56 +6,22 @@ import asyncio
 import hashlib
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 import pytest
 
-from mesh.clock import SystemClock
 from mesh.errors import TransportError
-from mesh.identity.key import NodeKey
-from mesh.transport.connection import PeerConnection
-from mesh.transport.endpoint import Endpoint
 from mesh.transport.lane import Stream
 from mesh.transport.quic import STREAM_WINDOW
 from mesh.transport.stream import SEND_BUFFER
 from tests.eventually import eventually
-
-
-@dataclass
-class Pair:
-    """A dialer and a listener with one connection between them."""
-
-    dialer: Endpoint
-    listener: Endpoint
-    there: PeerConnection
-    here: PeerConnection
-    streams: list[Stream] = field(default_factory=list)
-
-    async def stream(self) -> tuple[Stream, Stream]:
-        ours = await self.there.open_stream()
-        await ours.write(b"!")
-        await eventually(lambda: self.streams, every=0)
-        theirs = self.streams.pop()
-        assert await theirs.read_exactly(1) == b"!"
-        return ours, theirs
+from tests.net.lanes_kit import QuicPair as Pair
+from tests.net.lanes_kit import quic_pair
 
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    arrived: list[PeerConnection] = []
-    dialer = Endpoint(NodeKey.generate(), SystemClock(), on_connection=lambda connection: None)
-    listener = Endpoint(NodeKey.generate(), SystemClock(), on_connection=arrived.append)
-    await dialer.start([("127.0.0.1", 0)])
-    [address] = await listener.start([("127.0.0.1", 0)])
-    there = await dialer.dial(address, expect=listener.key.id)
-    await eventually(lambda: arrived)
-    pair = Pair(dialer, listener, there, arrived[0])
-    pair.here.on_stream = pair.streams.append
-    there.widen()
-    pair.here.widen()
-    yield pair
-    await dialer.close()
-    await listener.close()
+    async with quic_pair() as pair:
+        yield pair
 
 
 async def test_each_half_ends_on_its_own(pair: Pair) -> None:
