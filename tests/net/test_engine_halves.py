@@ -12,9 +12,9 @@ import pytest
 from mesh.engine.cache import Engine
 from tests.net.push_kit import PUSH_EXPECT, Memory, rpc_server, tensor
 from tests.net.rpc_client import GET_TENSOR, SET_TENSOR
-from tests.net.test_engine_wire import engine, noise, ring, text, tiny
+from tests.net.test_engine_wire import noise, ring, text, tiny
 
-__all__ = ["engine", "noise", "tiny"]
+__all__ = ["noise", "tiny"]
 NEW = 12
 pytestmark = pytest.mark.engine
 
