@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,6 +17,10 @@ _FEW = 4
 def values(of: Any) -> st.SearchStrategy[Any]:
     """Valid values of a wire type; bounds and patterns are kept, collections are short."""
     return _values(kinds.type_info(of))
+
+
+def _made(cls: type[Any], found: dict[str, Any]) -> Any:
+    return cls(**found)
 
 
 def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
@@ -35,7 +40,7 @@ def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
                 return known | st.from_regex(kind.pattern.rstrip("$") + r"\Z")
             if kind.pattern is not None:
                 return st.from_regex(kind.pattern.rstrip("$") + r"\Z")
-            return st.text(**_sizes(kind))
+            return st.text(st.characters(codec="utf-8"), **_sizes(kind))
         case kinds.BytesType():
             return st.binary(**_sizes(kind))
         case kinds.LiteralType():
@@ -52,7 +57,7 @@ def _values(kind: kinds.Type) -> st.SearchStrategy[Any]:
             return st.one_of(*(_values(one) for one in kind.types))
         case kinds.StructType():
             fields = {field.name: _values(field.type) for field in kind.fields}
-            return st.fixed_dictionaries(fields).map(lambda found, cls=kind.cls: cls(**found))
+            return st.fixed_dictionaries(fields).map(partial(_made, kind.cls))
         case kinds.Metadata():
             return _values(kind.type)
     raise NotImplementedError(kind)

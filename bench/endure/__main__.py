@@ -76,7 +76,7 @@ def endure(
     blows, members = WEATHERS[weather]
     endured = Endured(weather, len(asked))
     directory = task.directory / weather
-    arguments = ("--split", "always", "--no-discovery", "--parallel", str(task.parallel))
+    arguments: tuple[str, ...] = ("--split", "always", "--no-discovery", "--parallel", str(task.parallel))
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(MACHINES, options.link, cores=task.threads, seed=options.seed))
         directory.mkdir(parents=True, exist_ok=True)

@@ -168,9 +168,9 @@ def _json(text: str) -> dict[str, Any]:
         raise Wrong(f"no JSON: {_short(text)}") from error
     if not isinstance(answer, dict):
         raise Wrong(f"no object: {_short(text)}")
-    error = answer.get("error")
-    if isinstance(error, dict):
-        raise Refused(str(error.get("code") or error.get("type")), str(error.get("message")))
+    told = answer.get("error")
+    if isinstance(told, dict):
+        raise Refused(str(told.get("code") or told.get("type")), str(told.get("message")))
     if answer.get("type") == "error" or (set(answer) >= {"code", "message"} and "choices" not in answer):
         raise Refused(str(answer.get("code")), str(answer.get("message")))
     return answer

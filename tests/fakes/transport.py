@@ -1,12 +1,11 @@
-"""In-memory streams and connections with the manners of the real ones: bounded, half-closable, resettable."""
+"""In-memory streams with the manners of the real ones: bounded, half-closable, resettable."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from mesh.errors import TransportError
-from mesh.transport.lane import Path, Sink, Stream
+from mesh.transport.lane import Sink
 
 FAKE_WINDOW = 1 << 20
 
@@ -124,53 +123,3 @@ def stream_pair(window: int = FAKE_WINDOW) -> tuple[FakeStream, FakeStream]:
     """Two ends of one stream."""
     there, back = _Pipe(window), _Pipe(window)
     return FakeStream(back, there), FakeStream(there, back)
-
-
-class FakeConnection:
-    """One end of :func:`connection_pair`."""
-
-    def __init__(self, peer: str, peer_key: bytes, *, dialed: bool, window: int) -> None:
-        self.peer = peer
-        self.peer_key = peer_key
-        self.address = "127.0.0.1:7842"
-        self.path: Path = "quic"
-        self.dialed = dialed
-        self.rtt_ms: float | None = 0.1
-        self.last_heard = 0.0
-        self.closed = False
-        self.on_stream: Callable[[Stream], None] = lambda stream: stream.abort()
-        self.on_close: Callable[[str], None] = lambda reason: None
-        self.other: FakeConnection | None = None
-        self._window = window
-        self._streams: list[FakeStream] = []
-
-    async def open_stream(self) -> FakeStream:
-        await asyncio.sleep(0)
-        if self.closed or self.other is None:
-            raise TransportError(f"the connection to {self.peer} is closed")
-        ours, theirs = stream_pair(self._window)
-        self._streams.append(ours)
-        self.other._streams.append(theirs)
-        asyncio.get_running_loop().call_soon(self.other.on_stream, theirs)
-        return ours
-
-    def widen(self) -> None:
-        pass
-
-    def close(self, code: int = 0, reason: str = "") -> None:
-        for end in (self, self.other):
-            if end is not None and not end.closed:
-                end.closed = True
-                for stream in end._streams:
-                    stream.breaks(f"the connection to {end.peer} is closed: {reason}")
-                asyncio.get_running_loop().call_soon(end.on_close, reason)
-
-
-def connection_pair(
-    dialer: str = "a" * 26, listener: str = "b" * 26, *, window: int = FAKE_WINDOW
-) -> tuple[FakeConnection, FakeConnection]:
-    """``(at the dialer, at the listener)``."""
-    ours = FakeConnection(listener, b"b" * 32, dialed=True, window=window)
-    theirs = FakeConnection(dialer, b"a" * 32, dialed=False, window=window)
-    ours.other, theirs.other = theirs, ours
-    return ours, theirs

@@ -130,8 +130,11 @@ def tools(client: openai.OpenAI) -> Any:
     [streamed] = said.message.tool_calls or []
     assert Forecast.model_validate_json(streamed.function.arguments) == wanted
     # And on with what the tool says.
-    history = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude_none=True)]}]
-    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    history: list[Any] = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude_none=True)]},
+    ]
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
     after = client.chat.completions.create(messages=[*history, result], max_tokens=8, **GREEDY)
     assert after.choices[0].message.content
     return None
@@ -249,7 +252,7 @@ def message_tools(client: anthropic.Anthropic) -> Any:
     assert parts > 3 and final.stop_reason == "tool_use"
     assert Forecast.model_validate(streamed.input) == Forecast.model_validate(call.input)
     result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "sunny"}]}
-    history = [*MESSAGES, {"role": "assistant", "content": [call.model_dump(exclude_none=True)]}, result]
+    history: list[Any] = [*MESSAGES, {"role": "assistant", "content": [call.model_dump(exclude_none=True)]}, result]
     after = client.messages.create(messages=history, max_tokens=8, **SOBER)
     assert after.content[0].type == "text"
     return None

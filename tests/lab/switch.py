@@ -25,6 +25,7 @@ MDNS_PORT = 5353
 T = TypeVar("T")
 _serials = itertools.count(5000)
 _EVERYTHING = 0x0300
+_Tap = socket.socket
 """ETH_P_ALL, in network order."""
 
 
@@ -109,8 +110,8 @@ class Switch:
             for _, tap in taps:
                 tap.close()
 
-    def _tap(self, port: str) -> socket.socket:
-        made: list[socket.socket] = []
+    def _tap(self, port: str) -> _Tap:
+        made: list[_Tap] = []
 
         def make() -> None:
             namespaces.enter(self._prefix + "switch")
@@ -124,7 +125,7 @@ class Switch:
         return made[0]
 
 
-def _listen(machine: str, tap: socket.socket, seen: list[tuple[str, int]]) -> None:
+def _listen(machine: str, tap: _Tap, seen: list[tuple[str, int]]) -> None:
     while tap.fileno() >= 0:
         try:
             frame, (_, _, direction, *_) = tap.recvfrom(2048)

@@ -58,7 +58,7 @@ def plain(model: Path) -> Iterator[str]:
 
 
 def hello(client: openai.OpenAI) -> str:
-    return client.completions.create(prompt="Hello", max_tokens=8, **GREEDY).choices[0].text
+    return str(client.completions.create(prompt="Hello", max_tokens=8, **GREEDY).choices[0].text)
 
 
 class Held(threading.Thread):

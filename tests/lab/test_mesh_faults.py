@@ -45,7 +45,7 @@ class Mesh:
             node.wait_serving(60, members=3)
         epochs = {node.status()["mesh"]["epoch"] for node in self.nodes.values()}  # type: ignore[index]
         assert len(epochs) == 1
-        return epochs.pop()
+        return int(epochs.pop())
 
     @property
     def host(self) -> MeshNode:

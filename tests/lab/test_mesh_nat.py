@@ -77,9 +77,9 @@ def test_two_port_restricted_homes_are_introduced_and_serve_directly(tmp_path: P
             status = node.wait_serving(60, members=2)
             assert covered(status) == list(range(status["layout"]["model"]["n_layers"]))
             assert ask(node) == expected
-        status = place.relays["p"].status()
-        assert status is not None
-        assert status["node"]["role"] == "standby"
+        third = place.relays["p"].status()
+        assert third is not None
+        assert third["node"]["role"] == "standby"
         assert "only relays" in str([peer["excluded"] for peer in place.a.status()["peers"]])  # type: ignore[index]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch
 from mesh.supervise.launch import child_environment
+from tests.eventually import eventually
 from tests.ports import free_port
 
 CONTEXT = 512
@@ -77,8 +78,8 @@ def write_model(
         if len(shape) == 1:
             out.add_tensor(name, np.ones(shape, np.float32))
         elif q8:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            out.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            coding = gguf.GGMLQuantizationType.Q8_0
+            out.add_tensor(name, gguf.quants.quantize(values, coding), raw_dtype=coding)
         else:
             out.add_tensor(name, values.astype(dtype))
     out.write_header_to_file()
@@ -100,6 +101,9 @@ class Process:
     @property
     def text(self) -> str:
         return "\n".join(self.lines)
+
+    async def says(self, words: str, within: float = 10) -> None:
+        await eventually(lambda: words in self.text, within)
 
     async def ended(self, within: float = 30) -> int:
         return await asyncio.wait_for(self.handle.wait(), within)

@@ -75,7 +75,7 @@ async def push_ring(
             )
             workers.append(await stack.enter_async_context(running(launch)))
         for worker in workers:
-            await eventually(lambda worker=worker: "mesh-listening" in worker.text)
+            await worker.says("mesh-listening")
         links = [await stack.enter_async_context(delayed(port, delay_s)) for port in ports]
         port = free_port()
         launch = llama_server_command(

@@ -154,7 +154,7 @@ def changed(chance: random.Random, body: bytes, places: list[tuple[int, int]], n
         [*EDGES, *(n + chance.choice([-64, -1, 0, 0, 1, 4, 64]) for n in near), old - 1, old + 1, 2 * old, old // 2]
         + [old ^ 1 << chance.randrange(8 * size) for _ in range(4)]
     )
-    return body[:at] + (new % 2 ** (8 * size)).to_bytes(size, "little") + body[at + size :]
+    return body[:at] + (new & (1 << 8 * size) - 1).to_bytes(size, "little") + body[at + size :]
 
 
 def places_in(message: Message) -> list[tuple[int, int]]:

@@ -113,7 +113,7 @@ async def ring(
             )
             workers.append(await stack.enter_async_context(running(launch)))
         for worker in workers:
-            await eventually(lambda worker=worker: "mesh-listening" in worker.text)
+            await worker.says("mesh-listening")
         relays = await stack.enter_async_context(relayed(ports))
         endpoints = [f"127.0.0.1:{relay.port}" for relay in relays]
         launch = llama_server_command(

@@ -91,7 +91,7 @@ async def test_a_token_goes_once_around_the_ring(engine: Engine, model: Path) ->
         for link in (*r.links, *r.peers):
             link.delay_s = 0.1
         # Host, three workers, host: four hops. Through the host there were six. A busy machine may want a second try.
-        times = []
+        times: list[float] = []
         while not times or (times[-1] > 560 and len(times) < 3):
             times.append((await told(r.port, SHORT, 6)).ms_per_token)
         assert 400 <= min(times) < 560

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,6 +154,10 @@ async def test_a_relayed_link_moves_to_a_direct_path_and_its_streams_go_on(party
     assert link.path == "quic"
 
 
+def goes_by(node: Node, peer: Node, relay: Node) -> bool:
+    return node.links.peers()[peer.key.id].address == f"relay:{relay.key.id}"
+
+
 async def test_when_a_relay_dies_another_takes_over_and_streams_go_on(party: Party) -> None:
     carriers, a, b, _ = await parted(party, "one", "two")
     stream, _ = await open_echo(a, b)
@@ -162,9 +167,7 @@ async def test_when_a_relay_dies_another_takes_over_and_streams_go_on(party: Par
     other = next(node for node in carriers if node is not used)
     await used.stop("its machine is switched off")
     for node, peer in ((a, b), (b, a)):
-        await eventually(
-            lambda node=node, peer=peer: node.links.peers()[peer.key.id].address == f"relay:{other.key.id}", within=15
-        )
+        await eventually(partial(goes_by, node, peer, other), within=15)
     await round_trip(stream, 50_000)
     assert not [peer for peer, _ in a.downs if peer == b.key.id]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Literal
 
 import pytest
 
@@ -155,8 +156,8 @@ async def test_who_is_revoked_while_it_waits_at_the_door_is_not_let_in(party: Pa
         waiting.set()
         await go_on.wait()
 
-    choices = iter(["wait", "take", "take", "take"])
-    anna.links.choice = lambda peer: next(choices)  # type: ignore[method-assign, assignment]
+    choices: Iterator[Literal["take", "wait"]] = iter(["wait", "take", "take", "take"])
+    anna.links.choice = lambda peer: next(choices)  # type: ignore[method-assign]
     anna.links.outcome_of_our_dial = outcome  # type: ignore[method-assign]
     ben = await party.node("ben", bens, knows=(anna,))
     await asyncio.wait_for(waiting.wait(), 5)

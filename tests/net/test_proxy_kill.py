@@ -19,7 +19,6 @@ import pytest
 
 from mesh.engine.cache import Engine
 from mesh.errors import TransportError
-from mesh.proxy import http
 from mesh.proxy.dialect import COMMENT
 from mesh.proxy.tcp import TcpStream, open_tcp
 from mesh.transport.lane import Sink, Stream
@@ -71,8 +70,8 @@ def model(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def one_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests come out alike when they have the same name and seed."""
-    monkeypatch.setattr(http.secrets, "token_hex", lambda n: "ab" * n)
-    monkeypatch.setattr(http.secrets, "randbelow", lambda n: 7)
+    monkeypatch.setattr("mesh.proxy.http.secrets.token_hex", lambda n: "ab" * n)
+    monkeypatch.setattr("mesh.proxy.http.secrets.randbelow", lambda n: 7)
 
 
 @contextlib.asynccontextmanager
@@ -144,7 +143,8 @@ class Cutting:
         self.streams: list[Cut] = []
 
     def serve(self, after: int | None) -> None:
-        self.streams = streams = []
+        streams: list[Cut] = []
+        self.streams = streams
 
         async def open_stream() -> Stream:
             stream = await open_tcp("127.0.0.1", self._ports[bool(streams)])

@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import json
 import os
+from collections.abc import AsyncIterator
+from functools import partial
 
 import httpx
 import pytest
@@ -360,7 +362,7 @@ async def test_a_body_over_the_limit_is_refused_with_413() -> None:
         refused = await ask(ingress, CHAT, text="x" * 2000)
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
 
-        async def pieces():  # type: ignore[no-untyped-def]
+        async def pieces() -> AsyncIterator[bytes]:
             for _ in range(30):
                 yield b"x" * 100
 
@@ -408,7 +410,7 @@ async def test_many_requests_while_engines_die_all_get_their_whole_answer() -> N
         clients = asyncio.gather(*(client() for _ in range(8)))
         while not clients.done():
             seen = len(engines[-1].seen)
-            await eventually(lambda seen=seen: len(engines[-1].seen) > seen + 20 or clients.done())
+            await eventually(partial(lambda seen: len(engines[-1].seen) > seen + 20 or clients.done(), seen))
             await engines[-1].die()
             await next_engine()
         await clients

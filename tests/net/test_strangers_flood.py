@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from mesh.transport import strangers, tcp
 from mesh.transport.address import split_address
 from mesh.transport.connection import PeerConnection
 from mesh.transport.endpoint import Endpoint
+from mesh.transport.lane import Stream
 from mesh.transport.quic import PinnedQuic, configure
 from mesh.transport.tcp import MAX_STRANGERS, MAX_STRANGERS_EACH
 from mesh.transport.tls import TlsSession, client_context
@@ -116,7 +118,7 @@ async def test_a_dialer_that_is_asked_to_come_back_comes_back(monkeypatch: pytes
     await eventually(lambda: arrived)
     assert connection.quic._retry_count == 1
     assert (connection.peer_key, arrived[0].peer_key) == (anna.key.public, ben.key.public)
-    streams: list = []
+    streams: list[Stream] = []
     arrived[0].on_stream = streams.append
     stream = await connection.open_stream()
     await stream.write(b"hello" * 100_000)
@@ -191,7 +193,7 @@ async def test_the_silent_are_slowed_down_like_those_who_guess(party: Party, mon
     lane = await party.lane()
     for _ in range(10):
         connection = await lane.dial(anna.address, expect=anna.key.id)
-        await eventually(lambda connection=connection: connection.closed)
+        await eventually(partial(getattr, connection, "closed"))
     assert not anna.links._greeter._gate.is_open("127.0.0.1", SystemClock().now())
     ben = await party.node("ben", bens, knows=(anna,))
     monkeypatch.setattr(greeting, "GREET_WITHIN_S", 5.0)

@@ -100,7 +100,7 @@ class Ring:
     def tell(self, host: str, worker: str, message: WorkerReady) -> None:
         self.runners[host].post(MemberReady(worker, message.epoch))
 
-    async def open_bulk(self, worker: str, request: OpenRpc | OpenPush, **_: Any) -> Any:
+    async def open_bulk(self, worker: str, request: Any, /, **_: Any) -> Any:
         return await self.opened(lambda stream: self.worker_ends[worker].serve(A, request, stream))
 
     async def open_push(self, source: str, worker: str, request: OpenRpc | OpenPush) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -292,7 +293,12 @@ async def test_a_long_path_is_compared_over_both_lanes(party: Party, monkeypatch
     monkeypatch.setattr("mesh.transport.choice.is_near", lambda rtt_ms: False)
     seen: list[object] = []
     handle = LaneChoice.handle
-    monkeypatch.setattr(LaneChoice, "handle", lambda self, event, now: (seen.append(event), handle(self, event, now)))
+
+    def watched(self: LaneChoice, event: Any, now: float) -> None:
+        seen.append(event)
+        handle(self, event, now)
+
+    monkeypatch.setattr(LaneChoice, "handle", watched)
     anna = await party.node("anna")
     ben = await party.node("ben", knows=(anna,))
     await eventually(lambda: seen)

@@ -16,6 +16,7 @@ from mesh.transport import strangers
 from mesh.transport.address import split_address
 from mesh.transport.connection import PeerConnection
 from mesh.transport.endpoint import Endpoint
+from mesh.transport.lane import Stream
 from mesh.transport.quic import PinnedQuic, configure
 from tests.eventually import eventually
 
@@ -145,7 +146,7 @@ async def test_garbage_does_not_disturb_anyone(farm: Farm, caplog: pytest.LogCap
         await eventually(lambda: streams)
         heard.append(await streams[0].read_exactly(4))
 
-    streams: list = []
+    streams: list[Stream] = []
     await listen()
     assert heard == [b"fine"]
     assert anna.connections == 1, "noise is not kept as a handshake under way"
@@ -230,7 +231,7 @@ async def test_a_peer_that_moves_to_another_port_is_followed(farm: Farm) -> None
     ben, _ = await farm.endpoint()
     connection = await ben.dial(at_anna, expect=anna.key.id)
     await eventually(lambda: farm.arrived)
-    streams: list = []
+    streams: list[Stream] = []
     farm.arrived[0].on_stream = streams.append
     stream = await connection.open_stream()
     await stream.write(b"a")

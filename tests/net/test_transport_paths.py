@@ -233,6 +233,7 @@ class Nat(asyncio.DatagramProtocol):
     def __init__(self, target: int) -> None:
         self.target = ("127.0.0.1", target)
         self.inside: Any = None
+        self.outer: asyncio.DatagramTransport | None = None
 
     async def start(self) -> Nat:
         loop = asyncio.get_running_loop()
@@ -242,7 +243,7 @@ class Nat(asyncio.DatagramProtocol):
 
     async def reboot(self) -> None:
         """A new mapping: the peer sees another port from now on."""
-        if hasattr(self, "outer"):
+        if self.outer is not None:
             self.outer.close()
         nat = self
 

@@ -18,7 +18,7 @@ from mesh.tunnel import host as host_module
 from mesh.tunnel.pump import HIGH_WATER, LocalEnd, Traffic, connect_local, pump
 from mesh.wire.codec import open_reply_decoder, read_frame
 from mesh.wire.facts import Epoch
-from mesh.wire.messages import Opened, OpenFailed, OpenHttp, OpenPush, OpenRpc
+from mesh.wire.messages import Opened, OpenFailed, OpenHttp, OpenRpc
 from tests.eventually import eventually
 from tests.fakes.processes import node_id
 from tests.fakes.transport import FakeStream, stream_pair
@@ -79,7 +79,7 @@ class Wire:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open_bulk(
-        self, worker: str, request: OpenRpc | OpenPush, *, heard: Callable[[Opened], None] = lambda opened: None
+        self, worker: str, request: Any, /, *, heard: Callable[[Opened], None] = lambda opened: None
     ) -> FakeStream:
         self.asked.append(worker)
         ours, theirs = stream_pair()
@@ -339,7 +339,8 @@ async def test_an_rpc_server_that_does_not_listen_is_an_answer_not_a_silence(rin
 async def test_closing_the_workers_side_ends_streams_in_every_stage(ring: Ring, server: Server) -> None:
     carried, theirs = stream_pair()
     serving = asyncio.ensure_future(ring.worker.serve(HOST, OpenRpc(ONE), theirs))
-    assert isinstance(await read_frame(carried, open_reply_decoder), Opened)
+    reply = await read_frame(carried, open_reply_decoder)
+    assert isinstance(reply, Opened)
     fresh, its_end = stream_pair()
     beginning = asyncio.ensure_future(ring.worker.serve(HOST, OpenRpc(ONE), its_end))
     await asyncio.sleep(0)
@@ -379,7 +380,8 @@ async def test_http_is_carried_to_the_server_that_serves_and_to_no_other() -> No
         tunnel = HttpTunnel(lambda epoch: server.port if epoch == ONE else None)
         ours, theirs = stream_pair()
         carried = asyncio.ensure_future(tunnel.serve(OTHER, OpenHttp(ONE), theirs))
-        assert isinstance(await read_frame(ours, open_reply_decoder), Opened)
+        reply = await read_frame(ours, open_reply_decoder)
+        assert isinstance(reply, Opened)
         await ours.write(b"GET / HTTP/1.1\r\n\r\n")
         assert (await ours.read()).endswith(b"ok")
         await ours.write_eof()
@@ -492,7 +494,7 @@ async def test_a_connection_that_is_gone_keeps_no_room() -> None:
 
 
 async def test_a_worker_that_does_not_answer_is_given_up_and_named(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(worker: str, request: OpenRpc | OpenPush, **_: Any) -> FakeStream:
+    async def never(worker: str, request: Any, /, **_: Any) -> FakeStream:
         await asyncio.Event().wait()
         raise AssertionError
 

@@ -17,7 +17,7 @@ from mesh.tunnel import HostTunnels, WorkerTunnel, handover
 from mesh.tunnel.handover import make_doors
 from mesh.wire.codec import open_reply_decoder, read_frame
 from mesh.wire.facts import Epoch
-from mesh.wire.messages import Opened, OpenFailed, OpenPush, OpenRpc
+from mesh.wire.messages import Opened, OpenFailed
 from tests.eventually import eventually
 from tests.fakes.processes import node_id
 from tests.net.lanes_kit import over_quic, over_tcp
@@ -62,7 +62,7 @@ class Pair:
         return self.directory / "given"
 
     async def open(
-        self, worker: str, request: OpenRpc | OpenPush, *, heard: Callable[[Opened], None] = lambda opened: None
+        self, worker: str, request: Any, /, *, heard: Callable[[Opened], None] = lambda opened: None
     ) -> Stream:
         self.opened += 1
         lane = self.lane()

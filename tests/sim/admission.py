@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from mesh.errors import AdmissionError
-from mesh.identity import grants
 from mesh.identity.grants import Roster, sign_grant
 from mesh.identity.invite import InviteBook, _Pages
-from mesh.identity.key import NodeKey, node_id
+from mesh.identity.key import NodeKey, node_id, signed_by
 from mesh.membership.callbacks import Callbacks
 from mesh.membership.door import Admitted, answer_join, weigh_hello
 from mesh.membership.expulsion import Expulsion
@@ -40,17 +40,14 @@ def key_of(index: int) -> NodeKey:
 
 
 _sign = lru_cache(maxsize=4096)(sign_grant)
-_checked = lru_cache(maxsize=65536)(grants.signed_by)
+_checked = lru_cache(maxsize=65536)(signed_by)
 
 
 @contextlib.contextmanager
 def signatures_checked_once() -> Iterator[None]:
     """Checking one signature twice says nothing new, and costs more than all else in a simulation."""
-    real, grants.signed_by = grants.signed_by, _checked
-    try:
+    with mock.patch("mesh.identity.grants.signed_by", _checked):
         yield
-    finally:
-        grants.signed_by = real
 
 
 @dataclass

@@ -21,14 +21,14 @@ class Clock:
         self.now = 0.0
         self.steps = 0
         self._began = 0
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._heap: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._n = 0
 
-    def at(self, when: float, do: Callable[..., None], *args: Any) -> None:
+    def at(self, when: float, do: Callable[..., object], *args: Any) -> None:
         self._n += 1
         heapq.heappush(self._heap, (max(when, self.now), self._n, do, args))
 
-    def after(self, delay: float, do: Callable[..., None], *args: Any) -> None:
+    def after(self, delay: float, do: Callable[..., object], *args: Any) -> None:
         self.at(self.now + delay, do, *args)
 
     def run(self, until: float) -> None:

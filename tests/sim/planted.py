@@ -130,8 +130,8 @@ class StartsBeforeTheOldHasEnded(EngineCore):
 class LosesWhatItHolds(Core):
     """A request that was cut short is not asked again."""
 
-    def _take_back(self, request: Any, reason: str, now: float) -> list[px.Effect]:
-        effects = super()._take_back(request, reason, now)
+    def _take_back(self, request: Any, reason: str, planned: bool, now: float) -> list[px.Effect]:
+        effects = super()._take_back(request, reason, planned, now)
         self._requests.pop(request.id, None)
         return effects
 

@@ -31,9 +31,9 @@ def as_before() -> Iterator[None]:
     yield
     for number, handler in before:
         signal.signal(number, handler)
-    for handler in root.handlers:
-        if handler not in handlers:
-            handler.close()
+    for added in root.handlers:
+        if added not in handlers:
+            added.close()
     root.handlers[:] = handlers
     root.setLevel(level)
 

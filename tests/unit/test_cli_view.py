@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mesh.cli import view as views
 from mesh.cli.output import print_layout, print_table, printable, show_error
 from mesh.cli.view import JsonView, LoggedView, PlainView, RichView, make_view
 from mesh.errors import UsageError
@@ -28,7 +27,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(views.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("mesh.cli.view.time.monotonic", lambda: now[0])
     return now
 
 

@@ -39,7 +39,7 @@ OURS, OTHERS = mesh_tag("a" * 26), mesh_tag("b" * 26)
 HOME = [ipaddress.ip_network("192.168.1.0/24"), ipaddress.ip_network("2001:db8:1::/64")]
 
 
-def fields(tag: str = OURS, prefix: str = "kitchen2", name: str = "home", **changes: bytes | None) -> Fields:
+def fields(tag: str = OURS, prefix: str = "kitchen2", name: str = "home", **changes: Any) -> Fields:
     made = {key.encode(): value.encode() for key, value in Announcement(tag, prefix, name).fields().items()}
     return {**made, **{key.encode(): value for key, value in changes.items()}}
 
@@ -79,7 +79,7 @@ def test_an_announcement_tells_strangers_neither_the_meshs_id_nor_the_nodes() ->
         {"m": b"y" * 1000},
     ],
 )  # fmt: skip
-def test_fields_that_are_not_ours_are_nothing(changes: dict[str, bytes | None]) -> None:
+def test_fields_that_are_not_ours_are_nothing(changes: dict[str, Any]) -> None:
     assert read_fields(fields(**changes)) is None
 
 

@@ -188,7 +188,7 @@ def test_who_has_no_engine_has_no_wrong_one() -> None:
 
 def test_who_carries_nothing_is_told_with_the_plans_own_remedy() -> None:
     why = "has no copy of Qwen on its disk; copy the file there, then:  mesh up --model"
-    peers = [
+    peers: list[dict[str, Any]] = [
         {"name": "attic", "state": "alive", "role": "standby", "excluded": why},
         {"name": "hall", "state": "suspect", "role": "worker", "excluded": None},
         {"name": "gone", "state": "left", "role": "standby", "excluded": "stopped by its owner"},
@@ -319,7 +319,7 @@ def test_findings_come_in_order_and_a_check_that_breaks_is_one(monkeypatch: pyte
     async def tokens(_: Patient) -> list[Finding]:
         return [ok("token", "came")]
 
-    checks = (("one", lambda _: iter([ok("one", "fine")])), ("two", breaks), ("three", lambda _: iter([])))
+    checks: Any = (("one", lambda _: iter([ok("one", "fine")])), ("two", breaks), ("three", lambda _: iter([])))
     monkeypatch.setattr(examination, "CHECKS", checks)
     monkeypatch.setattr(token, "check", tokens)
     told: list[Finding] = []

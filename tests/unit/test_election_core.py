@@ -100,7 +100,8 @@ class Told:
         return self.do(Received(node_id(sender), message))  # type: ignore[arg-type]
 
     def wait(self, seconds: float) -> list[Effect]:
-        end, out = self.now + seconds, []
+        end = self.now + seconds
+        out: list[Effect] = []
         for _ in range(10_000):
             due = self.core.next_timer()
             if due is None or due > end:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mesh.engine import distribution, needs
 from mesh.engine.needs import missing
 from mesh.engine.toolchain import BACKENDS, find_toolchain
 from mesh.errors import EngineError
@@ -27,7 +26,7 @@ class Machine:
         for name in ("CXX", "VULKAN_SDK", "CUDA_HOME", "CUDA_PATH"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(nvidia, "details", lambda: ())
-        monkeypatch.setattr(needs.ctypes.util, "find_library", lambda name: None)
+        monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
         self.distribution("debian")
 
     def tool(self, name: str, script: str = "exit 0") -> Path:
@@ -38,7 +37,7 @@ class Machine:
 
     def distribution(self, *family: str) -> None:
         release = {"ID": family[0], "ID_LIKE": " ".join(family[1:])}
-        self.monkeypatch.setattr(distribution.platform, "freedesktop_os_release", lambda: release)
+        self.monkeypatch.setattr("platform.freedesktop_os_release", lambda: release)
 
     def compiler(self, *, accepts: tuple[str, ...] = ()) -> None:
         """A preprocessor that finds these headers, and settings in headers that are new enough."""

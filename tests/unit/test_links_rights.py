@@ -62,8 +62,8 @@ def test_a_client_may_not_ask_for_a_workers_streams() -> None:
     for request in (OpenRpc(EPOCH), OpenPush(EPOCH)):
         assert not may_open("client", request)
         assert may_open("worker", request)
-    for request in (OpenHttp(EPOCH), OpenProbe()):
-        assert may_open("client", request)
+    for harmless in (OpenHttp(EPOCH), OpenProbe()):
+        assert may_open("client", harmless)
 
 
 def test_every_message_and_stream_was_thought_of() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import settings
@@ -297,7 +298,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.take(self.table.feed(event))
 
     @rule(request=st.integers(1, 30), event=st.sampled_from([Gone, Heard]))
-    def noise(self, request: int, event: type[Gone] | type[Heard]) -> None:
+    def noise(self, request: int, event: Callable[[int], Gone | Heard]) -> None:
         self.take(self.table.feed(event(request)))
 
     @rule(seconds=st.sampled_from([1.0, ANSWER_S, SILENCE_S, LIFE_S]))

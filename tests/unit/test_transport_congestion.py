@@ -62,7 +62,7 @@ def test_losses_of_one_flight_count_once() -> None:
     for packet in flight:
         flow.cc.on_packet_sent(packet=packet)  # type: ignore[arg-type]
     for packet in flight:
-        flow.cc.on_packets_lost(now=flow.now + 0.05, packets=[packet])  # type: ignore[arg-type]
+        flow.cc.on_packets_lost(now=flow.now + 0.05, packets=[packet])  # type: ignore[list-item]
     assert flow.cc.congestion_window == int(before * 0.7)
 
 

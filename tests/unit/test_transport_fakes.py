@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from mesh.errors import TransportError
-from mesh.transport import Connection, Stream
-from tests.fakes.transport import connection_pair, stream_pair
+from mesh.transport import Stream
+from tests.fakes.transport import stream_pair
 
 
 async def test_bytes_arrive_in_order_and_end_is_seen() -> None:
@@ -49,21 +49,3 @@ async def test_abort_fails_both_ends() -> None:
         await reading
     with pytest.raises(TransportError):
         await a.write(b"x")
-
-
-async def test_a_connection_carries_streams_until_it_closes() -> None:
-    a, b = connection_pair()
-    dialer: Connection = a
-    opened: list[Stream] = []
-    reasons: list[str] = []
-    b.on_stream = opened.append
-    b.on_close = reasons.append
-    ours = await dialer.open_stream()
-    await ours.write(b"hi")
-    await asyncio.sleep(0)
-    assert await opened[0].read() == b"hi"
-    a.close(0, "bye")
-    await asyncio.sleep(0)
-    assert reasons == ["bye"]
-    with pytest.raises(TransportError):
-        await opened[0].read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from aioquic.buffer import Buffer
+from aioquic.buffer import Buffer  # type: ignore[attr-defined]
 from aioquic.quic.packet import QuicPacketType, QuicProtocolVersion, pull_quic_header
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,7 +180,8 @@ def test_any_bytes_are_a_first_packet_or_none(data: bytes) -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), max_size=60))
 def test_a_room_never_holds_more_than_it_has_places(steps: list[tuple[bool, str]]) -> None:
-    room, inside = Room(5, 2), []
+    room = Room(5, 2)
+    inside: list[str] = []
     for enters, source in steps:
         if enters:
             fits = len(inside) < 5 and inside.count(source) < 2
