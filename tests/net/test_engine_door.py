@@ -72,7 +72,10 @@ async def closed(reader: asyncio.StreamReader, within: float) -> bytes:
     return b""
 
 
-@pytest.mark.parametrize("opening", [bytes(32), SECRET[:-1] + b"\0", struct.pack("<BQ", HELLO, 24) + bytes(24)])
+OPENINGS = {"zeros": bytes(32), "almost": SECRET[:-1] + b"\0", "a greeting": struct.pack("<BQ", HELLO, 24) + bytes(24)}
+
+
+@pytest.mark.parametrize("opening", OPENINGS.values(), ids=OPENINGS)
 async def test_without_the_secret_nothing_is_answered(engine: Engine, model: Path, opening: bytes) -> None:
     async with guarded(engine, model) as worker:
         reader, writer = await worker.connect()
