@@ -268,7 +268,7 @@ class Crossing:
         return []
 
     def _met(self, via: NodeId, peer: NodeId, addresses: tuple[str, ...], rtt_ms: float, now: float) -> list[Effect]:
-        if peer == self._me or not self._may_dial(peer):
+        if peer in (self._me, via) or not self._may_dial(peer):  # who speaks of itself is no way to itself
             return []
         want = self._wants.get(peer)
         if want is not None:

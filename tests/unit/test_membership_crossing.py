@@ -261,6 +261,14 @@ EVENTS = st.one_of(
 )
 
 
+def test_a_member_that_introduces_itself_is_not_asked_for_a_way_to_itself() -> None:
+    played = Played(Helper(R, 1.0, False), Helper(S, 1.0, False))
+    played.say(Silent(S))
+    assert played.say(Heard(S, Meet(S, THERE, 0.0))) == []
+    asked = [effect for _ in range(5) for effect in played.tick() if isinstance(effect, Tell)]
+    assert all(tell.via == R for tell in asked)
+
+
 # Whatever happens in whatever order: nobody is asked to reach itself, only present helpers are asked, timers lie ahead,
 # and what is asked for stays bounded in time.
 @settings(max_examples=200, deadline=None)
