@@ -19,9 +19,10 @@ os.environ["MESH_STUN"] = "none"
 _HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, a file's stay together, and those of the lab: two labs would share the cores that
-    each of them measures with."""
+    each of them measures with, and one sweeps away what a test has left for itself to find."""
     for item in items:
         room, *rest = item.path.relative_to(_HERE).parts
         item.add_marker(pytest.mark.xdist_group(room if room == "lab" else "/".join((room, *rest))))
