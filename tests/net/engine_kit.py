@@ -102,7 +102,8 @@ class Process:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    async def says(self, words: str, within: float = 10) -> None:
+    async def says(self, words: str, within: float = 5) -> None:
+        """Wait until it has said them."""
         await eventually(lambda: words in self.text, within)
 
     async def ended(self, within: float = 30) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
-from tests.eventually import eventually
 from tests.fakes.delay import DelayedLink, delayed
 from tests.net.engine_kit import Process, ask, running
 from tests.net.rpc_client import GET_TENSOR, HELLO, HELLO_ANSWER, SET_TENSOR, Client
@@ -195,7 +194,7 @@ async def rpc_server(engine: Engine, file: Path, **environment: str) -> AsyncIte
     port = free_port()
     launch = rpc_server_command(engine, port, threads=1, model_files=[file], fingerprint=IDENTITY, rpc_secret=SECRET)
     async with running(Launch(launch.argv, {**launch.env, **environment})) as process:
-        await eventually(lambda: "mesh-listening" in process.text)
+        await process.says("mesh-listening")
         server = Server(port, process)
         try:
             yield server

@@ -15,7 +15,6 @@ import pytest
 
 from mesh.engine.cache import Engine
 from mesh.engine.commands import llama_server_command, rpc_server_command
-from tests.eventually import eventually
 from tests.net.engine_kit import Process, ask, greedy, running, serving, write_model
 from tests.net.rpc_client import DEVICE_COUNT, HELLO, HELLO_ANSWER, Client
 from tests.ports import free_port
@@ -61,7 +60,7 @@ async def guarded(engine: Engine, model: Path) -> AsyncIterator[Worker]:
     port = free_port()
     launch = rpc_server_command(engine, port, threads=1, model_files=[model], fingerprint=IDENTITY, rpc_secret=SECRET)
     async with running(launch) as process:
-        await eventually(lambda: "mesh-listening" in process.text)
+        await process.says("mesh-listening")
         yield Worker(port, process)
 
 

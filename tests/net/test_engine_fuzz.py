@@ -77,7 +77,7 @@ async def serving(program: Path) -> AsyncIterator[Server]:
     argv = (str(program), "-H", "127.0.0.1", "-p", str(port), "-t", "2", "-d", "CPU")
     environment = {"MESH_RPC_SECRET": SECRET.hex(), "MESH_RPC_PUSH_WITHIN_S": "1", **SANITIZERS}
     async with running(Launch(argv, environment)) as process:
-        await eventually(lambda: "mesh-listening" in process.text, within=20)
+        await process.says("mesh-listening", within=20)
         yield Server(port, process)
 
 

@@ -17,7 +17,6 @@ import pytest
 
 from mesh.engine.cache import Engine
 from mesh.engine.commands import llama_server_command, rpc_server_command
-from tests.eventually import eventually
 from tests.net.engine_kit import (
     Process,
     Relay,
@@ -201,7 +200,7 @@ async def test_a_file_that_changed_since_the_worker_started_is_refused(
         engine, port := free_port(), threads=1, model_files=[copy], fingerprint=IDENTITY, rpc_secret=SECRET
     )
     async with running(launch) as worker:
-        await eventually(lambda: "mesh-listening" in worker.text)
+        await worker.says("mesh-listening")
         os.utime(copy, (1, 1))
         launch = llama_server_command(
             engine,

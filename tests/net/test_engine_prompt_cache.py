@@ -23,7 +23,6 @@ import pytest
 from mesh.engine.cache import Engine
 from mesh.engine.commands import Launch, llama_server_command, rpc_server_command
 from mesh.wire.facts import Layout
-from tests.eventually import eventually
 from tests.fakes.architectures import KINDS, LAYERS, VOCAB, WIDTH, write_architecture
 from tests.net.cli_kit import a_place
 from tests.net.engine_kit import Process, Relay, ask, relayed, running, serving
@@ -138,7 +137,8 @@ async def ring(
             )
             launch = Launch(launch.argv, {**launch.env, **(environment or {})})
             workers.append(await stack.enter_async_context(running(launch)))
-        await eventually(lambda: all("mesh-listening" in worker.text for worker in workers))
+        for worker in workers:
+            await worker.says("mesh-listening")
         relays = await stack.enter_async_context(relayed(ports))
         plan = planned(counts, kept, parallel)
         port = free_port()

@@ -67,7 +67,7 @@ async def worker(engine: Engine, model: Path, tmp_path: Path) -> AsyncIterator[W
     )
     try:
         async with running(launch) as process:
-            await eventually(lambda: "mesh-listening" in process.text)
+            await process.says("mesh-listening")
             yield Worker(doors, process)
     finally:
         doors.remove()

@@ -19,7 +19,6 @@ import pytest
 from mesh.engine.cache import Engine
 from mesh.engine.commands import llama_server_command, rpc_server_command
 from mesh.models.demo import PRESETS, write_demo
-from tests.eventually import eventually
 from tests.net.engine_kit import Process, Relay, ask, relayed, running, serving, write_model
 from tests.net.rpc_client import (
     ALLOC_BUFFER,
@@ -81,7 +80,7 @@ class Server:
 
 
 async def listening(worker: Process) -> None:
-    await eventually(lambda: "mesh-listening" in worker.text)
+    await worker.says("mesh-listening")
 
 
 @contextlib.asynccontextmanager

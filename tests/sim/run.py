@@ -24,10 +24,15 @@ def attempt(seed: int) -> Outcome | str:
         return f"{type(error).__name__}: {error}"
 
 
+def _give_way() -> None:
+    """Whatever else runs on this machine has a clock that does not wait."""
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(10)
+
+
 def run_all(seeds: Iterable[int], jobs: int) -> Iterator[tuple[int, Outcome | str]]:
     """Each seed with what came of it, or why it failed, in order."""
-    # Whatever else runs on this machine has a clock that does not wait.
-    with Pool(jobs, os.nice, [10]) as pool:
+    with Pool(jobs, _give_way) as pool:
         yield from zip(seeds, pool.imap(attempt, seeds, chunksize=8), strict=True)
 
 
